@@ -1,0 +1,110 @@
+"""What a decoder-only language model is made of: shapes and kinds, no weights.
+
+A `Model` is read from a Hugging Face `config.json` (`spec/huggingface.py`) or from the catalogue.
+Everything that prices, splits or builds a model starts from this description.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Norm = Literal["rmsnorm", "layernorm"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary position embedding. `scaling` is the Llama-3 frequency rule or None.
+
+    `llama3` scaling: (factor, low_freq_factor, high_freq_factor, original_positions), Llama 3.1 report.
+    `rotary_dim` is the number of leading head dims that are rotated (all of them by default).
+    """
+
+    theta: float = 10_000.0
+    llama3: tuple[float, float, float, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Queries are compressed to `q_rank` (None: not compressed), keys and values to `kv_rank`; each head has
+    `nope_dim` dims without position and `rope_dim` with, and values of `value_dim`.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """Mixture of experts in a layer: `count` routed experts of which each token visits `top_k`.
+
+    `shared_ffn` is the width of the always-on shared expert (0: none). `bias` is on the expert matrices,
+    `router_bias` a learned bias on the router's logits, `selection_bias` the loss-free balancing bias
+    of DeepSeek-V3 (a buffer in some libraries, never trained by gradient: not a parameter).
+    """
+
+    count: int
+    top_k: int
+    ffn: int
+    shared_ffn: int = 0
+    bias: bool = False
+    router_bias: bool = False
+    selection_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A decoder-only transformer. Widths are in elements.
+
+    `ffn` is the width of dense layers' MLP. `moe_layers` says which layers use `experts` instead.
+    `windows` holds each layer's attention window in tokens, None for full attention; an empty tuple means
+    full attention everywhere.
+    """
+
+    name: str
+    family: str
+    layers: int
+    hidden: int
+    ffn: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm: Norm = "rmsnorm"
+    norm_eps: float = 1e-5
+    activation: Activation = "silu"
+    gated: bool = True
+    rope: Rope | None = Rope()
+    """None: learned absolute positions."""
+    position_offset: int = 0
+    """Rows of the position table in front of position 0 (OPT has 2)."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sinks: bool = False
+    """A learned attention sink per head (GPT-OSS)."""
+    tied: bool = False
+    windows: tuple[int | None, ...] = ()
+    latent: LatentAttention | None = None
+    experts: Experts | None = None
+    moe_layers: tuple[int, ...] = ()
+    source: str = ""
+    """Where the shapes come from: a file, or the catalogue entry's source."""
+
+    @property
+    def dense(self) -> bool:
+        return not self.moe_layers
+
+    def is_moe(self, layer: int) -> bool:
+        return layer in self.moe_layers
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
