@@ -11,18 +11,21 @@ from typing import Literal
 
 Norm = Literal["rmsnorm", "layernorm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"]
+Score = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """Rotary position embedding. `scaling` is the Llama-3 frequency rule or None.
+    """Rotary position embedding, over all dims of a head (the `rope_dim` ones under latent attention).
 
-    `llama3` scaling: (factor, low_freq_factor, high_freq_factor, original_positions), Llama 3.1 report.
-    `rotary_dim` is the number of leading head dims that are rotated (all of them by default).
+    `llama3` is the frequency rule of the Llama 3.1 report: (factor, low_freq_factor, high_freq_factor,
+    original_positions). `scaling` names any other rule ("yarn", "linear", ...): it changes no shape, so the
+    model can be priced, but code that runs a model must refuse one whose `scaling` is not None.
     """
 
     theta: float = 10_000.0
     llama3: tuple[float, float, float, int] | None = None
+    scaling: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,10 @@ class Experts:
     `shared_ffn` is the width of the always-on shared expert (0: none). `bias` is on the expert matrices,
     `router_bias` a learned bias on the router's logits, `selection_bias` the loss-free balancing bias
     of DeepSeek-V3 (a buffer in some libraries, never trained by gradient: not a parameter).
+
+    Routing: each expert gets a `score`; `groups` above 1 restricts a token to the experts of its best `top_groups`
+    groups (arXiv 2405.04434, section 2.2.2); the weights of the visited experts are rescaled to sum to one if
+    `normalized`, and multiplied by `scale`.
     """
 
     count: int
@@ -56,6 +63,11 @@ class Experts:
     bias: bool = False
     router_bias: bool = False
     selection_bias: bool = False
+    score: Score = "softmax"
+    normalized: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +75,9 @@ class Model:
     """A decoder-only transformer. Widths are in elements.
 
     `ffn` is the width of dense layers' MLP. `moe_layers` says which layers use `experts` instead.
-    `windows` holds each layer's attention window in tokens, None for full attention; an empty tuple means
-    full attention everywhere.
+    `windows` holds each layer's attention window in tokens, the token itself included, None for full attention;
+    an empty tuple means full attention everywhere. Under `latent` attention `head_dim` is that of queries and keys,
+    `nope_dim + rope_dim`, and `qkv_bias` is on the two down-projections.
     """
 
     name: str

@@ -1,0 +1,117 @@
+"""Collectives on plain tensors: the one place that calls torch.distributed, and the autograd functions over it.
+
+Each autograd function is named for its forward and its backward. Groups of one rank communicate nothing.
+Tensors are gathered and scattered along their first dim, where the pieces of the ranks lie one behind the other, so
+neither direction copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from meshwright.parallel.ledger import Entry, Ledger
+
+# PyTorch 2.13 renames these two; 2.11 has only the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The ranks that differ on one axis, this rank's place among them, and the process group that joins them."""
+
+    axis: str
+    ranks: tuple[int, ...]
+    index: int
+    handle: dist.ProcessGroup | None
+    ledger: Ledger
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def _record(self, op: str, tensor: Tensor) -> None:
+        self.ledger.record(Entry(self.axis, op, self.size), tensor.numel() * tensor.element_size())
+
+    def all_reduce(self, tensor: Tensor, *, op: Any = dist.ReduceOp.SUM, wait: bool = True) -> Any:
+        """In place. Returns a handle to wait on unless `wait`."""
+        if self.size == 1:
+            return None
+        self._record("all_reduce", tensor)
+        return dist.all_reduce(tensor, op=op, group=self.handle, async_op=not wait)
+
+    def all_gather(self, out: Tensor, tensor: Tensor, *, wait: bool = True) -> Any:
+        """`out` [size * n, ...] becomes the concatenation of every rank's `tensor` [n, ...]."""
+        self._record("all_gather", out)
+        return _all_gather(out, tensor, group=self.handle, async_op=not wait)
+
+    def reduce_scatter(self, out: Tensor, tensor: Tensor, *, wait: bool = True) -> Any:
+        """`out` [n, ...] becomes this rank's piece of the sum of every rank's `tensor` [size * n, ...]."""
+        self._record("reduce_scatter", tensor)
+        return _reduce_scatter(out, tensor, group=self.handle, async_op=not wait)
+
+    def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> list[dist.Work]:
+        """Post sends (tensor, peer index) and receives together; returns the handles, sends first."""
+        ops = []
+        for tensor, peer in sends:
+            self._record("send", tensor)
+            ops.append(dist.P2POp(dist.isend, tensor, self.ranks[peer], self.handle))
+        ops += [dist.P2POp(dist.irecv, tensor, self.ranks[peer], self.handle) for tensor, peer in receives]
+        return dist.batch_isend_irecv(ops) if ops else []
+
+
+def gathered(tensor: Tensor, group: Group) -> Tensor:
+    """A new tensor of the group's pieces, along dim 0."""
+    if group.size == 1:
+        return tensor
+    out = tensor.new_empty(group.size * tensor.shape[0], *tensor.shape[1:])
+    group.all_gather(out, tensor.contiguous())
+    return out
+
+
+def scattered(tensor: Tensor, group: Group) -> Tensor:
+    """This rank's piece, along dim 0, of the sum over the group."""
+    if group.size == 1:
+        return tensor
+    out = tensor.new_empty(tensor.shape[0] // group.size, *tensor.shape[1:])
+    group.reduce_scatter(out, tensor.contiguous())
+    return out
+
+
+class _AllReduceForwardIdentityBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.mark_dirty(x)
+        group.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _ReduceScatterForwardAllGatherBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return scattered(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return gathered(grad, ctx.group), None
+
+
+def all_reduce_forward_identity_backward(x: Tensor, group: Group) -> Tensor:
+    """Sum over the group, in place; every rank's gradient is already the whole one."""
+    return x if group.size == 1 else _AllReduceForwardIdentityBackward.apply(x, group)  # type: ignore[no-any-return]
+
+
+def reduce_scatter_forward_all_gather_backward(x: Tensor, group: Group) -> Tensor:
+    """Sum over the group, of which each rank keeps its piece along dim 0."""
+    return x if group.size == 1 else _ReduceScatterForwardAllGatherBackward.apply(x, group)  # type: ignore[no-any-return]

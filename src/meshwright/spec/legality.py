@@ -1,0 +1,104 @@
+"""Can this model, this batch and this many ranks be split by this layout? Refusals name the numbers and the way out."""
+
+from __future__ import annotations
+
+from meshwright.spec.errors import UserError
+from meshwright.spec.layout import Layout
+from meshwright.spec.model import Model
+from meshwright.spec.precision import STATE_BYTES
+from meshwright.spec.workload import Workload
+
+BUILT_SCHEDULES = ("gpipe", "1f1b")
+BUILT_RECOMPUTES = ("none", "full")
+
+
+def check_layout(layout: Layout, model: Model, workload: Workload) -> None:
+    """Raise UserError for the first thing that does not divide."""
+    _check_tensor_parallel(layout, model, workload)
+    if layout.pp * layout.chunks > model.layers:
+        raise UserError(
+            f"{model.name} has {model.layers} layers, fewer than the {layout.pp * layout.chunks} stages of "
+            f"pp{layout.pp}{f'x{layout.chunks}' if layout.chunks > 1 else ''}: pp x chunks is at most {model.layers}"
+        )
+    per_step = layout.dp * layout.micro_batch
+    if workload.global_batch % per_step:
+        below = workload.global_batch // per_step * per_step
+        raise UserError(
+            f"global_batch = dp x micro_batch x micro_batches does not hold: dp {layout.dp} x micro_batch {layout.micro_batch} = "
+            f"{per_step} does not divide {workload.global_batch}: try a global batch of "
+            f"{f'{below} or ' if below else ''}{below + per_step}"
+        )
+    if model.rope is None and workload.seq > model.max_positions:
+        raise UserError(f"{model.name} has {model.max_positions} learned positions, fewer than seq {workload.seq}")
+
+
+def check_world(layout: Layout, ranks: int) -> None:
+    """Raise UserError unless the layout fills exactly `ranks` ranks."""
+    if layout.world == ranks:
+        return
+    parts = [f"{axis}{layout.degree(axis)}" for axis in ("pp", "dp", "cp", "tp") if layout.degree(axis) > 1] or ["dp1"]
+    replica = layout.world // layout.dp
+    if ranks % replica == 0:
+        hint = f"dp{ranks // replica} would fill {ranks}"
+    else:
+        hint = f"one replica takes {replica}, which does not divide {ranks}"
+    raise UserError(f"world = {' x '.join(parts)} = {layout.world} ranks, but {ranks} are given: {hint}")
+
+
+def micro_batches(layout: Layout, workload: Workload) -> int:
+    """Micro-batches a rank runs per step."""
+    return workload.global_batch // (layout.dp * layout.micro_batch)
+
+
+def refuse_unbuilt(layout: Layout) -> None:
+    """A mode that this version would ignore is an error, not a silence."""
+    for given, built, what in (
+        (layout.schedule, BUILT_SCHEDULES, "pipeline schedule"),
+        (layout.recompute, BUILT_RECOMPUTES, "recompute mode"),
+        (layout.precision, tuple(STATE_BYTES), "precision"),
+        (layout.zero, (0, 1), "ZeRO stage"),
+    ):
+        if given not in built:
+            raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")
+    for axis in ("cp", "ep", "etp"):
+        if layout.degree(axis) > 1:
+            raise UserError(f"{axis}{layout.degree(axis)}: the {axis} axis is not built yet; this version has dp, tp and pp")
+    if layout.zero_shard:
+        raise UserError("hybrid sharding is not built yet; this version shards over all of dp")
+
+
+def refuse_unbuilt_model(model: Model) -> None:
+    """This version prices and runs dense decoders."""
+    if not model.dense or model.latent or model.sinks:
+        raise UserError(
+            f"{model.name} ({model.family}): this version prices and runs dense decoders; mixture of experts, latent attention "
+            "and attention sinks can be counted (`meshwright models`), not yet planned"
+        )
+
+
+def _check_tensor_parallel(layout: Layout, model: Model, workload: Workload) -> None:
+    tp = layout.tp
+    if tp == 1:
+        return
+    if model.heads % tp:
+        legal = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
+        raise UserError(f"tp {tp} does not divide the {model.heads} attention heads of {model.name}: legal tp: {_list(legal)}")
+    if model.kv_heads % tp and tp % model.kv_heads:
+        raise UserError(
+            f"tp {tp} neither divides the {model.kv_heads} key-value heads of {model.name} nor is a multiple of them: try tp {model.kv_heads}"
+        )
+    if model.ffn % tp:
+        legal = [n for n in range(1, model.heads + 1) if model.heads % n == 0 and model.ffn % n == 0]
+        raise UserError(f"tp {tp} does not divide the MLP width {model.ffn} of {model.name}: legal tp: {_list(legal)}")
+    if (tp - 1) * -(-model.vocab // tp) >= model.vocab:
+        raise UserError(f"tp {tp} leaves a rank without any of the {model.vocab} vocabulary rows of {model.name}")
+    tokens = layout.micro_batch * workload.seq
+    if layout.sp and tokens % tp:
+        raise UserError(
+            f"sequence parallel cuts the {tokens} tokens of a micro-batch (mb {layout.micro_batch} x seq {workload.seq}) into tp {tp} "
+            f"equal parts: it does not divide; try seq {-(-workload.seq // tp) * tp}"
+        )
+
+
+def _list(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
