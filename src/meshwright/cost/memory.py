@@ -1,0 +1,52 @@
+"""Bytes a rank holds, by category: folds over its program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meshwright.cost.program import Program
+from meshwright.schedule.actions import Schedule
+from meshwright.spec.layout import Layout
+from meshwright.spec.precision import STATE_BYTES
+
+STEP_COUNTER_BYTES = 4
+"""AdamW keeps its step number in an fp32 tensor beside each tensor that it updates: one a bucket."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Peak bytes of a rank of `stage`."""
+
+    stage: int
+    categories: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.categories.values())
+
+
+def state_bytes(program: Program, layout: Layout) -> dict[str, int]:
+    """Parameters, gradients and optimizer state, to the byte."""
+    bytes_ = STATE_BYTES[layout.precision]
+    whole = sum(bucket.numel for bucket in program.buckets)
+    owned = whole // layout.state_shards
+    return {
+        "parameters": whole * bytes_.parameter,
+        "gradients": whole * bytes_.gradient,
+        "optimizer": owned * bytes_.optimizer + STEP_COUNTER_BYTES * len(program.buckets),
+    }
+
+
+def stage_memory(program: Program, layout: Layout, schedule: Schedule, stage: int, overhead: int) -> StageMemory:
+    """State, activations of the micro-batches in flight, temporaries, and what the runtime itself takes.
+
+    `overhead`: bytes of context, communication library and allocator.
+    """
+    saved = sum(piece.saved_bytes * repeat for piece, repeat in program.pieces)
+    working = max(piece.working_bytes for piece, _ in program.pieces)
+    boundary = sum(c.bytes for c in program.boundary)
+    return StageMemory(
+        stage,
+        state_bytes(program, layout)
+        | {"activations": saved * schedule.in_flight(stage), "working": working + 2 * boundary, "overhead": overhead},
+    )
