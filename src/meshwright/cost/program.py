@@ -167,21 +167,37 @@ def rank_program(model: Model, layout: Layout, workload: Workload, place: Place)
     """The program of the rank at `place`. The layout must have passed `spec.legality.check_layout`."""
     first, last = place.stage == 0, place.stage == layout.pp - 1
     layers = stage_layers(model.layers, layout.pp)[place.stage]
-    pieces: list[tuple[Piece, int]] = [(embedding_piece(model, layout, workload.seq), 1)] if first else []
-    windows = [model.window(i) for i in layers]
-    pieces += [(layer_piece(model, layout, workload.seq, w), windows.count(w)) for w in dict.fromkeys(windows)]
-    if last:
-        pieces.append((head_piece(model, layout, workload.seq, place.tp), 1))
     shards = stage_shards(model, layout, first, last, layers, place.tp)
     bytes_ = STATE_BYTES[layout.precision]
     buckets = plan_buckets(shards, ranks=layout.dp, cuts=layout.state_shards, element_bytes=bytes_.gradient)
     return Program(
-        pieces=tuple(pieces),
-        boundary=tuple(_boundary(model, layout, workload.seq, first, last)),
+        pieces=stage_pieces(model, layout, workload.seq, place),
+        boundary=boundary(model, layout, workload.seq, place.stage),
         buckets=buckets,
         gradient_reductions=tuple(_gradient_reductions(layout, buckets)),
         step_end=tuple(_step_end(model, layout, buckets)),
         optimizer=_optimizer(layout, buckets),
+    )
+
+
+def stage_pieces(model: Model, layout: Layout, seq: int, place: Place) -> tuple[tuple[Piece, int], ...]:
+    """(piece, how often it occurs) of a stage, in model order."""
+    local = _local(layout)
+    windows = [model.window(i) for i in stage_layers(model.layers, layout.pp)[place.stage]]
+    pieces = [(layer_piece(model, local, seq, w), windows.count(w)) for w in dict.fromkeys(windows)]
+    if place.stage == 0:
+        pieces.insert(0, (embedding_piece(model, local, seq), 1))
+    if place.stage == layout.pp - 1:
+        pieces.append((head_piece(model, local, seq, place.tp), 1))
+    return tuple(pieces)
+
+
+def _local(layout: Layout) -> Layout:
+    """The part of a layout that a piece depends on, so that a search prices each piece once."""
+    if layout.order[0] != "tp":
+        return layout
+    return Layout(
+        tp=layout.tp, sp=layout.sp, micro_batch=layout.micro_batch, recompute=layout.recompute, precision=layout.precision, order=layout.order
     )
 
 
@@ -278,12 +294,10 @@ def _recomputed(forward: list[Op]) -> list[Op]:
     return forward[:last]
 
 
-def _boundary(model: Model, layout: Layout, seq: int, first: bool, last: bool) -> Iterator[Collective]:
-    nbytes = _Shapes(model, layout, seq).residual_bytes
-    if not last:
-        yield Collective("pp", "send", layout.pp, layout.stride("pp"), nbytes)
-    if not first:
-        yield Collective("pp", "send", layout.pp, layout.stride("pp"), nbytes)
+def boundary(model: Model, layout: Layout, seq: int, stage: int) -> tuple[Collective, ...]:
+    """What a stage sends for a micro-batch: an activation onwards, a gradient back."""
+    send = Collective("pp", "send", layout.pp, layout.stride("pp"), _Shapes(model, layout, seq).residual_bytes)
+    return (send,) * ((stage < layout.pp - 1) + (stage > 0))
 
 
 def _gradient_reductions(layout: Layout, buckets: tuple[Bucket, ...]) -> Iterator[Collective]:

@@ -78,6 +78,16 @@ class MatmulPoint(_Frozen):
     flops_per_s: float
 
 
+class AttentionPoint(_Frozen):
+    """Causal attention of one rank while `active` ranks of the node compute. `flops` counts forward, under the mask only."""
+
+    precision: str
+    flops: float
+    active: int
+    forward_flops_per_s: float
+    backward_flops_per_s: float
+
+
 class CollectivePoint(_Frozen):
     """`bytes`: per-rank buffer of all-reduce and all-to-all, gathered array of all-gather and reduce-scatter, message of p2p."""
 
@@ -92,6 +102,7 @@ class Measured(_Frozen):
 
     source: str
     matmul: tuple[MatmulPoint, ...] = ()
+    attention: tuple[AttentionPoint, ...] = ()
     memory_bandwidth: float | None = None
     """Bytes/s of one rank while all ranks of the node copy."""
     collectives: tuple[CollectivePoint, ...] = ()

@@ -1,0 +1,184 @@
+"""One rank's training loop."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from meshwright.cost.flops import model_flops_per_token
+from meshwright.models.huggingface import SafetensorsReader
+from meshwright.models.init import initial_value
+from meshwright.parallel.apply import apply
+from meshwright.parallel.mesh import build_mesh
+from meshwright.spec.errors import UserError
+from meshwright.spec.shards import Shard
+from meshwright.spec.yaml_edge import write_text_atomically
+from meshwright.train.batches import Batches, PackedTokens, check_vocabulary
+from meshwright.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from meshwright.train.corpus import pack
+from meshwright.train.launch import rank_device
+from meshwright.train.optimizer import Optimizer
+from meshwright.train.progress import ProgressLine, packing_progress
+from meshwright.train.recipe import Recipe
+from meshwright.train.tokenizer import load_tokenizer
+
+
+def train(recipe: Recipe, peak_flops: float | None) -> None:
+    """Train as `recipe` says; every rank runs this. `peak_flops`: of one accelerator, for MFU.
+
+    Writes `metrics.jsonl`, `report.json`, `loss.png` and checkpoints under `recipe.out`.
+    Raises UserError for bad data and for a loss that is no longer finite.
+    """
+    run = Run(recipe, peak_flops)
+    try:
+        run.run()
+    finally:
+        run.progress.close()
+
+
+class Run:
+    def __init__(self, recipe: Recipe, peak_flops: float | None):
+        self.recipe, self.peak_flops = recipe, peak_flops
+        self.model = recipe.check()
+        self.mesh = build_mesh(recipe.parsed_layout, self.model, rank_device())
+        self.is_main = self.mesh.rank == 0
+        self.batches = self._data()
+        self.engine = apply(self.model, recipe.workload, self.mesh, self._initial())
+        self.optimizer = Optimizer(recipe, self.engine.state)
+        self.flops_per_token = model_flops_per_token(self.model, recipe.seq)
+        self.step_times: list[float] = []
+        self.progress = ProgressLine(recipe.steps, show=self.is_main)
+
+    def run(self) -> None:
+        recipe, first = self.recipe, self._resume()
+        log = self._open_log(first)
+        for step in range(first, recipe.steps):
+            metrics = self.step(step)
+            self.progress.update(metrics)
+            if log:
+                print(json.dumps(metrics), file=log, flush=True)
+            done = step + 1
+            if done == recipe.steps or (recipe.save_every and done % recipe.save_every == 0):
+                self.save(done)
+        self._report()
+        if log:
+            log.close()
+            from meshwright.report.plots import plot_loss
+
+            plot_loss(recipe.log_path, recipe.out_dir / "loss.png")
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One optimizer step. Returns its metrics, equal on every rank but for the times."""
+        began = time.perf_counter()
+        self.mesh.ledger.clear()
+        layout = self.mesh.layout
+        data = self.batches.micro_batches(step, self.mesh["dp"].index, layout.dp, layout.micro_batch)
+        data = [(tokens.to(self.mesh.device), labels.to(self.mesh.device)) for tokens, labels in data]
+        loss, squared_norm = self.engine.forward_backward(data).tolist()
+        if not torch.isfinite(torch.tensor([loss, squared_norm])).all():
+            raise UserError(f"the loss is no longer finite at step {step + 1} (loss {loss}): try a lower --lr or a longer --warmup")
+        norm, rate = self.optimizer.step(step, squared_norm)
+        seconds = time.perf_counter() - began
+        self.step_times.append(seconds)
+        per_second = self.recipe.workload.tokens / seconds
+        mfu = per_second * self.flops_per_token / (self.peak_flops * layout.world) if self.peak_flops else None
+        return {
+            "step": step + 1,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": rate,
+            "step_time_s": seconds,
+            "tokens_per_s": per_second,
+            "mfu": mfu,
+        }
+
+    def save(self, step: int) -> None:
+        about = {"recipe": self.recipe.model_dump(), "layout": str(self.mesh.layout), "model": self.model.name}
+        save_checkpoint(self.recipe.out_dir / "checkpoints", step, about, self.mesh, self.optimizer)
+
+    def _resume(self) -> int:
+        if not self.recipe.resume:
+            return 0
+        path = newest_checkpoint(self.recipe.out_dir / "checkpoints")
+        if path is None:
+            raise UserError(f"nothing to resume: no checkpoint in {self.recipe.out_dir / 'checkpoints'}")
+        about = load_checkpoint(path, self.mesh, self.optimizer)
+        changed = [key for key in ("data", "tokenizer", "seq", "global_batch", "seed") if about["recipe"][key] != getattr(self.recipe, key)]
+        if changed:
+            raise UserError(
+                f"{path} was saved with other {', '.join(f'{key}={about["recipe"][key]}' for key in changed)}: "
+                "its data position would be lost; use the same, or start anew in another --out"
+            )
+        return int(about["step"])
+
+    def _data(self) -> Batches:
+        recipe = self.recipe
+        tokenizer = load_tokenizer(recipe.tokenizer)
+        check_vocabulary(tokenizer, self.model.vocab)
+        path = [""]
+        if self.is_main:
+            with packing_progress() as progress:
+                path = [str(pack(recipe.data, tokenizer, recipe.out_dir / "data", progress=progress))]
+        if dist.is_initialized():
+            dist.broadcast_object_list(path, src=0)
+        return Batches(PackedTokens(Path(path[0]), recipe.seq), recipe.global_batch, recipe.seed)
+
+    def _initial(self) -> Any:
+        if self.recipe.init is None:
+            return lambda shard: cut(initial_value(self.model, shard.name, shard.global_shape, self.recipe.seed), shard)
+        reader = SafetensorsReader(self.model, Path(self.recipe.init))
+        return lambda shard: cut(reader.read(shard.name), shard)
+
+    def _open_log(self, first: int) -> Any:
+        if not self.is_main:
+            return None
+        path = self.recipe.log_path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if first:  # keep the steps before the checkpoint, drop those that are about to be run again
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first] if path.exists() else []
+            write_text_atomically(path, "".join(line + "\n" for line in kept))
+        return path.open("a" if first else "w")
+
+    def _report(self) -> None:
+        """What was measured, rank by rank, beside which `meshwright compare` puts the plan."""
+        state = self.engine.state
+        mine = {
+            "rank": self.mesh.rank,
+            "stage": self.mesh.stage,
+            "tp": self.mesh["tp"].index,
+            "state_bytes": {
+                "parameters": sum(b.parameters.nbytes for b in state.buckets),
+                "gradients": sum(b.gradients.nbytes for b in state.buckets),
+                "optimizer": self.optimizer.state_bytes(),
+            },
+            "collectives": [
+                {"axis": e.axis, "op": e.op, "group_size": e.group_size, "count": count, "bytes": nbytes}
+                for e, count, nbytes in self.mesh.ledger.rows()
+            ],
+        }
+        ranks: list[Any] = [mine]
+        if dist.is_initialized():
+            ranks = [None] * self.mesh.layout.world
+            dist.all_gather_object(ranks, mine)
+        if self.is_main and self.step_times:
+            warm = self.step_times[min(5, len(self.step_times) // 2) :]
+            report = {
+                "recipe": self.recipe.model_dump(),
+                "layout": str(self.mesh.layout),
+                "median_step_time_s": statistics.median(warm),
+                "steps_timed": len(warm),
+                "ranks": ranks,
+            }
+            write_text_atomically(self.recipe.out_dir / "report.json", json.dumps(report, indent=1))
+
+
+def cut(whole: Tensor, shard: Shard) -> Tensor:
+    """The part of a whole parameter that `shard` describes."""
+    return whole if shard.dim is None else whole.narrow(shard.dim, shard.start, shard.length)

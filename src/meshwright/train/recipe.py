@@ -1,0 +1,85 @@
+"""What a training run is: read from YAML or from flags, checked before any process starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from meshwright.spec.huggingface import load_model
+from meshwright.spec.layout import Layout
+from meshwright.spec.legality import check_layout, refuse_unbuilt, refuse_unbuilt_model
+from meshwright.spec.model import Model
+from meshwright.spec.notation import parse_layout
+from meshwright.spec.workload import Workload
+from meshwright.spec.yaml_edge import read_yaml, validate
+
+
+class Recipe(BaseModel):
+    """One training run. Every field is a key of the YAML file and a flag of `meshwright train`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "llama-tiny"
+    """Catalogue name, or path of a Hugging Face config.json."""
+    layout: str = "dp1 mb1 fp32"
+    data: str | None = None
+    """File, directory or glob of text, JSONL or Parquet; the standard library's source by default."""
+    tokenizer: str | None = None
+    """Path of a tokenizer.json; bytes by default."""
+    seq: int = Field(default=256, ge=1)
+    global_batch: int = Field(default=8, ge=1)
+    steps: int = Field(default=50, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    warmup: int = Field(default=10, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(default=1.0, gt=0)
+    """Global gradient norm above which gradients are scaled down."""
+    seed: int = 0
+    init: str | None = None
+    """Directory of Hugging Face safetensors to start from; random weights by default."""
+    cluster: str | None = None
+    """What MFU is measured against."""
+    out: str = "runs/latest"
+    """Checkpoints, packed tokens, the loss plot and the report of the run go here."""
+    save_every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`, saved under whatever layout."""
+    json_log: str | None = None
+    """Metrics of every step, one JSON object a line; `metrics.jsonl` in `out` by default."""
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(self.seq, self.global_batch)
+
+    @property
+    def parsed_layout(self) -> Layout:
+        return parse_layout(self.layout)
+
+    @property
+    def out_dir(self) -> Path:
+        return Path(self.out)
+
+    @property
+    def log_path(self) -> Path:
+        return Path(self.json_log) if self.json_log else self.out_dir / "metrics.jsonl"
+
+    def check(self) -> Model:
+        """Raise UserError for whatever can be known to be wrong before starting. Returns the model."""
+        model = load_model(self.model)
+        refuse_unbuilt_model(model)
+        check_layout(self.parsed_layout, model, self.workload)
+        refuse_unbuilt(self.parsed_layout)
+        return model
+
+
+def load_recipe(path: str | None, overrides: dict[str, Any]) -> Recipe:
+    """The recipe in the YAML file `path` (none: all defaults) with the given fields replaced."""
+    data = read_yaml(Path(path)) if path else {}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    source = path or "flags"
+    return validate(Recipe, {**data, **given}, source)
