@@ -2,110 +2,25 @@
 
     results = run_distributed(check_gradients, 4, layout)     # one result a rank
 
-Starting Python with torch costs seconds, so the ranks are processes that stay alive between calls; every call has
-process groups of its own (gloo). The function must be importable by its module's name.
+Starting Python with torch costs seconds, so the ranks are processes that stay alive between calls. The function must be
+importable by its module's name.
 """
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
-import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
-from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed", "torch.distributed.device_mesh", "meshwright.parallel.apply"]
+from meshwright.parallel.ranks import RankError, RankPool
 
-
-class RankError(RuntimeError):
-    """A rank raised; carries the first rank's number and traceback."""
-
-
-class RankPool:
-    """Processes that wait for work. `run` may use as many as there have ever been asked for."""
-
-    def __init__(self) -> None:
-        self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOAD)
-        self._ranks: list[tuple[Any, Connection]] = []
-
-    def run(self, function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-        """`function(*args)` on ranks 0..world-1 with the default process group set up. Returns each rank's result.
-
-        Raises RankError when a rank raises or dies (the first one), or when `timeout` seconds pass.
-        """
-        while len(self._ranks) < world:
-            here, there = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(there, list(sys.path)), daemon=True)
-            process.start()
-            there.close()
-            self._ranks.append((process, here))
-        with tempfile.TemporaryDirectory() as directory:
-            for rank in range(world):
-                self._ranks[rank][1].send((function, args, rank, world, os.path.join(directory, "store"), timeout))
-            try:
-                return self._collect(world, time.monotonic() + timeout)
-            except RankError:
-                self.close()  # the other ranks may wait for the failed one for ever
-                raise
-
-    def close(self) -> None:
-        for process, connection in self._ranks:
-            process.kill()
-            process.join()
-            connection.close()
-        self._ranks.clear()
-
-    def _collect(self, world: int, deadline: float) -> list[Any]:
-        results: dict[int, Any] = {}
-        waiting = {self._ranks[rank][1]: rank for rank in range(world)}
-        while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise RankError(f"ranks {sorted(waiting.values())} of {world} did not finish in time")
-            for connection in ready:
-                rank = waiting.pop(connection)  # type: ignore[call-overload]
-                try:
-                    failed, value = connection.recv()  # type: ignore[union-attr]
-                except EOFError:
-                    failed, value = True, "the process died"
-                if failed:
-                    raise RankError(f"rank {rank} of {world}: {value}")
-                results[rank] = value
-        return [results[rank] for rank in range(world)]
-
+__all__ = ["RankError", "run_distributed"]
 
 _POOL = RankPool()
 
 
 def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """`RankPool.run` on a pool shared by the whole process."""
+    """`function(*args)` on ranks 0..world-1 with gloo. Returns each rank's result.
+
+    Raises RankError with the first failing rank's traceback, or when `timeout` seconds pass.
+    """
     return _POOL.run(function, world, *args, timeout=timeout)
-
-
-def _serve(connection: Connection, path: list[str]) -> None:
-    sys.path[:] = path
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    while True:
-        try:
-            function, args, rank, world, store, timeout = connection.recv()
-        except EOFError:
-            return
-        try:
-            dist.init_process_group(
-                "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
-            )
-            answer = (False, function(*args))
-        except BaseException:
-            answer = (True, traceback.format_exc())
-        if dist.is_initialized() and not answer[0]:
-            dist.destroy_process_group()
-        connection.send(answer)

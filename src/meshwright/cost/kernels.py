@@ -10,15 +10,9 @@ from functools import cached_property
 from meshwright.cost.program import Attention, Elementwise, Gemm
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
+from meshwright.spec.kernels import load_kernel_constants
 from meshwright.spec.layout import Precision
 from meshwright.spec.precision import STATE_BYTES
-
-ATTENTION_SHARE = 0.75
-"""Fused attention against the best matmul rate. FlashAttention-2 (arXiv 2307.08691, section 4.1) reports up to 230 TFLOP/s
-of an A100's 312 (0.74) forward; its matmuls reach 0.85 to 0.9 of what a large GEMM does. To be replaced by measurement."""
-
-MATMUL_SHARE = 0.75
-"""Where no source gives the largest matmul's share of the peak: the middle of those that the catalogue has."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Kernels:
         measured = self._measured_attention
         if measured:
             return op.flops / interpolate([(f, r[op.backward]) for f, r in measured], op.flops)
-        return op.flops / (ATTENTION_SHARE * self._matmul_rate(op.flops))
+        return op.flops / (load_kernel_constants().attention_share * self._matmul_rate(op.flops))
 
     def elementwise(self, op: Elementwise) -> float:
         return op.bytes / self.memory_bandwidth
@@ -56,14 +50,18 @@ class Kernels:
         measured = self.cluster.measured
         if measured and measured.memory_bandwidth:
             return measured.memory_bandwidth * (self._share if self.active == 1 else 1.0)
-        return self.cluster.accelerator.memory_bandwidth / (self._share if self.active > 1 else 1.0)
+        accelerator = self.cluster.accelerator
+        share = accelerator.memory_share or load_kernel_constants().memory_share
+        return accelerator.memory_bandwidth * share / (self._share if self.active > 1 else 1.0)
 
     @cached_property
     def evidence(self) -> str:
         if self._measured_matmul:
             return f"measured: {self.cluster.measured.source}"  # type: ignore[union-attr]
         share = self.cluster.accelerator.matmul_share.get(self.precision)
-        return f"published: largest matmul {share:.0%} of peak" if share else f"formula: {MATMUL_SHARE:.0%} of peak"
+        if share:
+            return f"published: largest matmul {share:.0%} of peak ({self.cluster.accelerator.source})"
+        return f"formula: matmul at {load_kernel_constants().matmul_share:.0%} of peak, the usual share"
 
     @property
     def _share(self) -> float:
@@ -74,7 +72,7 @@ class Kernels:
     def _matmul_rate(self, flops: float) -> float:
         if self._measured_matmul:
             return interpolate(self._measured_matmul, flops)
-        share = self.cluster.accelerator.matmul_share.get(self.precision, MATMUL_SHARE)
+        share = self.cluster.accelerator.matmul_share.get(self.precision, load_kernel_constants().matmul_share)
         return self.peak_flops * share / (self._share if self.active > 1 else 1.0)
 
     @cached_property

@@ -79,7 +79,6 @@ class Recipe(BaseModel):
 
 def load_recipe(path: str | None, overrides: dict[str, Any]) -> Recipe:
     """The recipe in the YAML file `path` (none: all defaults) with the given fields replaced."""
-    data = read_yaml(Path(path)) if path else {}
-    given = {key: value for key, value in overrides.items() if value is not None}
-    source = path or "flags"
-    return validate(Recipe, {**data, **given}, source)
+    data: dict[str, Any] = read_yaml(path) if path else {}
+    data.update({key: value for key, value in overrides.items() if value is not None})
+    return validate(Recipe, data, path or "flags")

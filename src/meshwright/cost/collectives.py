@@ -1,0 +1,103 @@
+"""Seconds of one collective on the links that carry it: measured points where there are any, latency + bytes / rate otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from meshwright.cost.kernels import interpolate
+from meshwright.cost.program import Collective
+from meshwright.spec.cluster import Cluster, LinkTier
+from meshwright.spec.collectives import CollectiveConstants, RingProtocol
+from meshwright.spec.errors import UserError
+
+WIRE_FACTOR = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
+"""Times (n-1)/n of the bytes: what a ring puts through each link (nccl-tests, doc/PERFORMANCE.md)."""
+
+
+@dataclass(frozen=True)
+class CollectiveTimes:
+    """Prices collectives on `cluster`."""
+
+    cluster: Cluster
+    constants: CollectiveConstants
+
+    def seconds(self, c: Collective) -> float:
+        measured = self._measured(c)
+        if measured is not None:
+            return measured
+        constants = self.constants.link(self.cluster, self.link(c))
+        if c.op == "send":
+            return constants.p2p_latency + c.bytes / (constants.p2p_share * self._line_rate(c))
+        wire = WIRE_FACTOR[c.op] * (c.group_size - 1) / c.group_size * c.bytes
+        rate = self._ring_rate(c)
+        quickest = min(self._latency(c, p) + wire / (p.bandwidth_share * rate) for p in constants.protocols.values())
+        return max(constants.floors.get(c.op, 0.0), quickest)
+
+    def link(self, c: Collective) -> LinkTier:
+        # A send joins neighbours only: it crosses the network where the stride leaves the domain.
+        return self.cluster.tier(c.stride, 2 if c.op == "send" else c.group_size)
+
+    @property
+    def evidence(self) -> str:
+        measured = self.cluster.measured
+        if measured and measured.collectives:
+            return f"measured: {measured.source}"
+        return "formula: ring latency and line rate, NCCL's own constants (catalogue/collectives.yaml)"
+
+    @property
+    def hides(self) -> bool:
+        """Whether communication can run beside computation: not where ranks share the cores that also move the bytes."""
+        return self.cluster.node.compute_slots is None
+
+    def _members(self, c: Collective) -> int:
+        """How many of the group's ranks share one scale-up domain."""
+        return max(1, min(c.group_size, self.cluster.fabric.domain // c.stride))
+
+    def _line_rate(self, c: Collective) -> float:
+        """Bytes/s of one rank towards its neighbour, on the slowest link of the group."""
+        node, links = self.cluster.node, self.cluster.accelerator.scale_up
+        if self.link(c) == "scale-up":
+            return links.pair_bandwidth or links.bandwidth
+        if node.nics == 0:
+            raise UserError(f"cluster {self.cluster.name} has no NICs: {c.group_size} ranks of {c.axis} do not fit in one domain of {self.cluster.fabric.domain}")
+        return node.nics * node.nic_bandwidth / node.accelerators
+
+    def _ring_rate(self, c: Collective) -> float:
+        """Bytes/s through each rank of a ring over the group.
+
+        Across nodes the ring enters and leaves a node over the NICs of all its members there, at most as fast as the
+        scale-up links carry it on (fabric.md 1.1). Leaf oversubscription divides what leaves the unit.
+        """
+        links, constants = self.cluster.accelerator.scale_up, self.constants.scale_up[self.cluster.accelerator.scale_up.kind]
+        inside = links.effective_bandwidth or constants.plateau_share * links.bandwidth
+        if links.topology == "mesh" and links.pair_bandwidth:  # a ring within part of a mesh has only the links to its members
+            inside = min(inside, constants.p2p_share * links.pair_bandwidth * (self._members(c) - 1))
+        if self.link(c) == "scale-up":
+            return inside
+        outside = self.constants.network.plateau_share * self._line_rate(c) * self._members(c)
+        return min(inside, outside) if self._members(c) > 1 else outside
+
+    def _latency(self, c: Collective, protocol: RingProtocol) -> float:
+        """The ring's steps in turn; a step between nodes costs the network's hop."""
+        steps = WIRE_FACTOR[c.op] * (c.group_size - 1)
+        return protocol.base_latency + steps * protocol.hop_latency
+
+    def _measured(self, c: Collective) -> float | None:
+        points = self._points.get("p2p" if c.op == "send" else c.op)
+        if not points:
+            return None
+        sizes = sorted({ranks for ranks, _ in points})
+        nearest = min(sizes, key=lambda n: abs(n - c.group_size)) if c.op != "send" else sizes[0]
+        series = sorted((nbytes, seconds) for (ranks, nbytes), seconds in points.items() if ranks == nearest)
+        largest, slowest = series[-1]
+        seconds = interpolate(series, c.bytes) if c.bytes <= largest else slowest * c.bytes / largest
+        # Between group sizes the ring's share of the bytes on the wire changes; its latency grows with the steps.
+        return seconds if nearest == c.group_size or c.op == "send" else seconds * (c.group_size - 1) / (nearest - 1)
+
+    @cached_property
+    def _points(self) -> dict[str, dict[tuple[int, int], float]]:
+        out: dict[str, dict[tuple[int, int], float]] = {}
+        for p in self.cluster.measured.collectives if self.cluster.measured else ():
+            out.setdefault(p.op, {})[p.ranks, p.bytes] = p.seconds
+        return out

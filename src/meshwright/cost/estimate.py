@@ -1,0 +1,321 @@
+"""Prices one layout: memory, traffic, time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from meshwright.cost.collectives import CollectiveTimes
+from meshwright.cost.flops import model_flops_per_token
+from meshwright.cost.kernels import Kernels
+from meshwright.cost.memory import StageMemory, quick_stage_memory, stage_memory
+from meshwright.cost.program import (
+    Attention,
+    Collective,
+    Elementwise,
+    Gemm,
+    Op,
+    Piece,
+    Place,
+    Program,
+    Under,
+    boundary,
+    rank_program,
+    stage_pieces,
+)
+from meshwright.cost.timeline import Timeline, play
+from meshwright.cost.traffic import step_collectives
+from meshwright.schedule.orders import layout_schedule
+from meshwright.spec.cluster import Cluster
+from meshwright.spec.collectives import load_collective_constants
+from meshwright.spec.kernels import load_kernel_constants
+from meshwright.spec.layout import Layout
+from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt, refuse_unbuilt_model
+from meshwright.spec.model import Model
+from meshwright.spec.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveCost:
+    """All calls of one operation on one axis in a step, on the stage that sends most of it."""
+
+    axis: str
+    op: str
+    group_size: int
+    stage: int
+    link: str
+    count: int
+    bytes: int
+    time_s: float
+    exposed_s: float
+    """The part that nothing hides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a layout costs. Sizes in bytes, times in seconds, rates per second."""
+
+    layout: Layout
+    model: str
+    cluster: str
+    workload: Workload
+    step_time_s: float
+    mfu: float
+    hfu: float
+    bubble: float
+    fits: bool
+    memory: tuple[StageMemory, ...]
+    memory_limit_bytes: int
+    collectives: tuple[CollectiveCost, ...]
+    breakdown: dict[str, float]
+    """Seconds of the step by what the busiest stage spends them on."""
+    evidence: dict[str, str]
+    timeline: Timeline | None = field(default=None, repr=False)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.workload.tokens / self.step_time_s
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(stage.total_bytes for stage in self.memory)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "layout": str(self.layout),
+            "world": self.layout.world,
+            "model": self.model,
+            "cluster": self.cluster,
+            "seq": self.workload.seq,
+            "global_batch": self.workload.global_batch,
+            "micro_batches": micro_batches(self.layout, self.workload),
+            "step_time_s": self.step_time_s,
+            "tokens_per_s": self.tokens_per_s,
+            "tokens_per_s_per_gpu": self.tokens_per_s / self.layout.world,
+            "tokens_per_day": self.tokens_per_s * 86_400,
+            "mfu": self.mfu,
+            "hfu": self.hfu,
+            "bubble": self.bubble,
+            "fits": self.fits,
+            "memory_limit_bytes": self.memory_limit_bytes,
+            "memory": [{"stage": s.stage, "total_bytes": s.total_bytes, "categories": s.categories} for s in self.memory],
+            "collectives": [{name: getattr(c, name) for name in CollectiveCost.__slots__} for c in self.collectives],
+            "breakdown": self.breakdown,
+            "evidence": self.evidence,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """Seconds of one micro-batch on a stage."""
+
+    forward: float
+    backward: float
+    compute: float
+    """Forward and backward without communication."""
+
+
+class Estimator:
+    """Prices layouts of one model, cluster and workload; remembers what layouts share."""
+
+    def __init__(self, model: Model, cluster: Cluster, workload: Workload):
+        refuse_unbuilt_model(model)
+        self.model, self.cluster, self.workload = model, cluster, workload
+        self.times = CollectiveTimes(cluster, load_collective_constants())
+        self.flops = model_flops_per_token(model, workload.seq)
+        given = cluster.accelerator.overhead_bytes
+        self.overhead = load_kernel_constants().overhead_bytes if given is None else given
+        self._seconds: dict[tuple[int, bool], tuple[Piece, Durations]] = {}
+
+    def estimate(self, layout: Layout) -> Estimate:
+        """Price `layout` by playing its schedule. Raises UserError for a layout that cannot be run."""
+        self.check(layout)
+        schedule = layout_schedule(layout, micro_batches(layout, self.workload))
+        programs = [rank_program(self.model, layout, self.workload, Place(stage)) for stage in range(layout.pp)]
+        memory = tuple(stage_memory(p, layout, schedule, stage, self.overhead) for stage, p in enumerate(programs))
+        send = self.send_seconds(layout)
+        alone = [self.durations(p.pieces, layout, shared=False) for p in programs]
+        timeline = play(schedule, [d.forward for d in alone], [d.backward for d in alone], send)
+        without_sends = play(schedule, [d.forward for d in alone], [d.backward for d in alone], 0.0) if send else timeline
+        end = max(self._step_end(p, layout, d) for p, d in zip(programs, alone, strict=True))
+        floor = self.shared_floor(layout, [p.pieces for p in programs])
+        step = max(timeline.end, floor) + end
+        costs = self._collective_costs(programs, layout, alone, timeline.end - without_sends.end)
+        compute = max(d.compute for d in alone) * schedule.micro_batches
+        return self._result(layout, step, timeline, memory, costs, compute)
+
+    def quick(self, layout: Layout) -> tuple[float, bool]:
+        """(step seconds, fits) by closed form, for ranking candidates: within a few per cent of `estimate`."""
+        m = micro_batches(layout, self.workload)
+        pieces = [stage_pieces(self.model, layout, self.workload.seq, Place(stage)) for stage in range(layout.pp)]
+        alone = [self.durations(p, layout, shared=False) for p in pieces]
+        each = [d.forward + d.backward for d in alone]
+        pipeline = (m - 1) * max(each) + sum(each) + 2 * (layout.pp - 1) * self.send_seconds(layout)
+        schedule = layout_schedule(layout, min(m, 2 * layout.pp))
+        memory = [
+            quick_stage_memory(self.model, layout, p, schedule.in_flight(stage), stage, self.workload.seq, self.overhead)
+            for stage, p in enumerate(pieces)
+        ]
+        fits = max(sum(categories.values()) for categories in memory) <= self.cluster.accelerator.memory_bytes
+        end = max(self._quick_end(layout, categories, d) for categories, d in zip(memory, alone, strict=True))
+        return max(pipeline, self.shared_floor(layout, pieces)) + end, fits
+
+    def check(self, layout: Layout) -> None:
+        """Raise UserError when the layout cannot run this model and workload, or is not built yet."""
+        refuse_unbuilt(layout)
+        check_layout(layout, self.model, self.workload)
+        _ = self._kernels(layout, shared=False).peak_flops
+
+    def durations(self, pieces: tuple[tuple[Piece, int], ...], layout: Layout, *, shared: bool) -> Durations:
+        """One micro-batch through `pieces`; `shared` when all ranks of a node compute at once."""
+        kernels = self._kernels(layout, shared=shared)
+        each = [(self._piece_durations(piece, kernels, shared), repeat) for piece, repeat in pieces]
+        return Durations(*(sum(getattr(d, name) * repeat for d, repeat in each) for name in Durations.__slots__))
+
+    def send_seconds(self, layout: Layout) -> float:
+        sends = boundary(self.model, layout, self.workload.seq, 0)
+        return self.times.seconds(sends[0]) if sends else 0.0
+
+    def shared_floor(self, layout: Layout, stages: list[tuple[tuple[Piece, int], ...]]) -> float:
+        """Where ranks share cores, the step cannot be shorter than all the work at the rate that all of them together reach."""
+        if self.cluster.node.compute_slots is None or layout.world == 1:
+            return 0.0
+        m = micro_batches(layout, self.workload)
+        busy = [self.durations(p, layout, shared=True) for p in stages]
+        return m * sum(d.forward + d.backward for d in busy) / layout.pp
+
+    def _kernels(self, layout: Layout, *, shared: bool) -> Kernels:
+        active = min(layout.world, self.cluster.node.accelerators) if shared else 1
+        return Kernels(self.cluster, layout.precision, active)
+
+    def _piece_durations(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
+        key = (id(piece), shared)
+        if key not in self._seconds:
+            forward, backward = self._run(piece.forward, kernels), self._run(piece.backward, kernels)
+            # The piece is kept beside its price, so that its id is not used again.
+            self._seconds[key] = (piece, Durations(forward[0] + forward[1], backward[0] + backward[1], forward[0] + backward[0]))
+        return self._seconds[key][1]
+
+    def _run(self, ops: tuple[Op, ...], kernels: Kernels) -> tuple[float, float]:
+        """(seconds of computation, seconds of exposed communication) of `ops` in order."""
+        compute = exposed = 0.0
+        for op in ops:
+            if isinstance(op, Gemm):
+                compute += kernels.gemm(op)
+            elif isinstance(op, Attention):
+                compute += kernels.attention(op)
+            elif isinstance(op, Elementwise):
+                compute += kernels.elementwise(op)
+            elif isinstance(op, Collective):
+                exposed += self.times.seconds(op)
+            else:
+                work = sum(kernels.gemm(g) for g in op.work)
+                compute += work
+                exposed += self._exposed(op, work)
+        return compute, exposed
+
+    def _exposed(self, op: Under, work: float) -> float:
+        seconds = self.times.seconds(op.collective)
+        return max(0.0, seconds - work) if self.times.hides else seconds
+
+    def _step_end(self, program: Program, layout: Layout, d: Durations) -> float:
+        """After the last backward: what is left of the gradient reduction, the step's other collectives, the optimizer."""
+        reductions = [self.times.seconds(c) for c in program.gradient_reductions]
+        rest = sum(self.times.seconds(c) for c in program.step_end)
+        return self._exposed_reduction(reductions, d) + rest + self._kernels(layout, shared=True).elementwise(program.optimizer)
+
+    def _exposed_reduction(self, reductions: list[float], d: Durations) -> float:
+        """All but the last bucket can run under the last micro-batch's backward."""
+        if not reductions or not self.times.hides:
+            return sum(reductions)
+        return max(reductions[-1], sum(reductions) - d.backward)
+
+    def _quick_end(self, layout: Layout, categories: dict[str, int], d: Durations) -> float:
+        kernels = self._kernels(layout, shared=True)
+        state = categories["parameters"] + categories["gradients"] + categories["optimizer"]
+        seconds = kernels.elementwise(Elementwise("optimizer", 2.0 * state))
+        if layout.dp > 1:
+            op = "reduce_scatter" if layout.zero else "all_reduce"
+            reduction = Collective("dp", op, layout.dp, layout.stride("dp"), categories["gradients"])  # type: ignore[arg-type]
+            total = self.times.seconds(reduction)
+            seconds += max(0.0, total - d.backward) if self.times.hides else total
+            if layout.zero:
+                gather = Collective("dp", "all_gather", layout.dp, layout.stride("dp"), categories["parameters"])
+                seconds += self.times.seconds(gather)
+        return seconds
+
+    def _collective_costs(
+        self, programs: list[Program], layout: Layout, alone: list[Durations], exposed_sends: float
+    ) -> tuple[CollectiveCost, ...]:
+        m = micro_batches(layout, self.workload)
+        best: dict[tuple[str, str, int], CollectiveCost] = {}
+        for stage, (program, d) in enumerate(zip(programs, alone, strict=True)):
+            hidden = self._hidden_by_kind(program, layout, d, m)
+            rows: dict[tuple[str, str, int], list[tuple[Collective, int]]] = {}
+            for c, times in step_collectives(program, m):
+                rows.setdefault((c.axis, c.op, c.group_size), []).append((c, times))
+            for key, calls in rows.items():
+                seconds = sum(self.times.seconds(c) * times for c, times in calls)
+                exposed = exposed_sends if key[1] == "send" else max(0.0, seconds - hidden.get(key, 0.0))
+                nbytes = sum(c.bytes * times for c, times in calls)
+                if key not in best or nbytes > best[key].bytes:
+                    link = self.times.link(calls[0][0])
+                    best[key] = CollectiveCost(*key, stage, link, sum(t for _, t in calls), nbytes, seconds, exposed)
+        return tuple(best[key] for key in sorted(best))
+
+    def _hidden_by_kind(self, program: Program, layout: Layout, d: Durations, m: int) -> dict[tuple[str, str, int], float]:
+        """Seconds of communication that run under computation, by (axis, op, group size)."""
+        kernels = self._kernels(layout, shared=False)
+        hidden: dict[tuple[str, str, int], float] = {}
+        for piece, repeat in program.pieces:
+            for op in (*piece.forward, *piece.backward):
+                if isinstance(op, Under):
+                    c = op.collective
+                    gained = self.times.seconds(c) - self._exposed(op, sum(kernels.gemm(g) for g in op.work))
+                    key = (c.axis, c.op, c.group_size)
+                    hidden[key] = hidden.get(key, 0.0) + gained * repeat * m
+        reductions = [self.times.seconds(c) for c in program.gradient_reductions]
+        if reductions:
+            c = program.gradient_reductions[0]
+            hidden[c.axis, c.op, c.group_size] = sum(reductions) - self._exposed_reduction(reductions, d)
+        return hidden
+
+    def _result(
+        self,
+        layout: Layout,
+        step: float,
+        timeline: Timeline,
+        memory: tuple[StageMemory, ...],
+        costs: tuple[CollectiveCost, ...],
+        compute: float,
+    ) -> Estimate:
+        kernels = self._kernels(layout, shared=False)
+        limit = self.cluster.accelerator.memory_bytes
+        mfu = self.workload.tokens * self.flops / (step * layout.world * kernels.peak_flops)
+        exposed: dict[str, float] = {}
+        for cost in costs:
+            exposed[cost.axis] = exposed.get(cost.axis, 0.0) + cost.exposed_s
+        spent = compute + sum(exposed.values())
+        return Estimate(
+            layout=layout,
+            model=self.model.name,
+            cluster=self.cluster.name,
+            workload=self.workload,
+            step_time_s=step,
+            mfu=mfu,
+            hfu=mfu * (4 / 3 if layout.recompute == "full" else 1),
+            bubble=timeline.bubble,
+            fits=max(stage.total_bytes for stage in memory) <= limit,
+            memory=memory,
+            memory_limit_bytes=limit,
+            collectives=costs,
+            breakdown={"compute": compute} | {f"{axis} exposed": t for axis, t in exposed.items()} | {"waiting and optimizer": max(0.0, step - spent)},
+            evidence={"compute": kernels.evidence, "communication": self.times.evidence, "memory": "formula: the engine's own buffers"},
+            timeline=timeline,
+        )
+
+
+def estimate(model: Model, cluster: Cluster, workload: Workload, layout: Layout) -> Estimate:
+    """Price one layout. Raises UserError when it cannot run this model and workload."""
+    return Estimator(model, cluster, workload).estimate(layout)

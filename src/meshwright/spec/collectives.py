@@ -1,0 +1,72 @@
+"""What collectives cost beyond their bytes: latencies, floors and the share of a link that they reach, by kind of link.
+
+They are meant for this alpha-beta model (NCCL v2.30.7 src/graph/tuning.cc; factor as in nccl-tests doc/PERFORMANCE.md):
+
+    ring collective    max(floor, min over protocols of base + hops * hop + bytes * factor / (bandwidth_share * rate))
+    point to point     p2p_latency + bytes / (p2p_share * pair rate)
+
+hops: 2 (n - 1) for all-reduce, n - 1 for all-gather and reduce-scatter, each at the latency of the link it crosses.
+rate: `effective_bandwidth` of the scale-up links where it is known, else plateau_share * line rate.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from meshwright.spec.catalogue import read_data
+from meshwright.spec.cluster import Cluster, CollectiveOp, LinkKind, LinkTier
+from meshwright.spec.errors import UserError
+from meshwright.spec.yaml_edge import validate
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RingProtocol(_Frozen):
+    """One way to move a ring's chunks: the quick ones spend bandwidth on flags."""
+
+    base_latency: Seconds
+    """Seconds before the first hop."""
+    hop_latency: Seconds
+    """Seconds of each hop over this link."""
+    bandwidth_share: Share
+    """Of the rate that the best protocol reaches."""
+
+
+class LinkConstants(_Frozen):
+    protocols: dict[str, RingProtocol] = Field(min_length=1)
+    floors: dict[CollectiveOp, Seconds]
+    """Measured seconds of the smallest message; no call is quicker. Absent: none was measured."""
+    p2p_latency: Seconds
+    p2p_share: Share
+    """Of the pair rate, reached by one large send."""
+    plateau_share: Share
+    """Of the line rate, reached by a large ring collective."""
+    sources: dict[str, str]
+    """Where each figure above comes from, by field name."""
+
+    @model_validator(mode="after")
+    def _every_figure_has_a_source(self) -> Self:
+        if missing := sorted(set(type(self).model_fields) - {"sources"} - set(self.sources)):
+            raise UserError(f"sources lacks {', '.join(missing)}")
+        return self
+
+
+class CollectiveConstants(_Frozen):
+    scale_up: dict[LinkKind, LinkConstants]
+    network: LinkConstants
+
+    def link(self, cluster: Cluster, tier: LinkTier) -> LinkConstants:
+        return self.network if tier == "network" else self.scale_up[cluster.accelerator.scale_up.kind]
+
+
+@lru_cache
+def load_collective_constants() -> CollectiveConstants:
+    return validate(CollectiveConstants, read_data("collectives.yaml"))
