@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from meshwright.cost.kernels import interpolate
@@ -21,11 +21,15 @@ class CollectiveTimes:
 
     cluster: Cluster
     constants: CollectiveConstants
+    _priced: dict[Collective, float] = field(default_factory=dict, repr=False, compare=False)
 
     def seconds(self, c: Collective) -> float:
-        measured = self._measured(c)
-        if measured is not None:
-            return measured
+        if c not in self._priced:
+            measured = self._measured(c)
+            self._priced[c] = self._formula(c) if measured is None else measured
+        return self._priced[c]
+
+    def _formula(self, c: Collective) -> float:
         constants = self.constants.link(self.cluster, self.link(c))
         if c.op == "send":
             return constants.p2p_latency + c.bytes / (constants.p2p_share * self._line_rate(c))

@@ -25,7 +25,8 @@ from meshwright.cost.program import (
 )
 from meshwright.cost.timeline import Timeline, play
 from meshwright.cost.traffic import step_collectives
-from meshwright.schedule.orders import layout_schedule
+from meshwright.schedule.orders import layout_schedule, peak_in_flight
+from meshwright.schedule.stages import distinct_stages, stage_layers
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.collectives import load_collective_constants
 from meshwright.spec.kernels import load_kernel_constants
@@ -33,6 +34,9 @@ from meshwright.spec.layout import Layout
 from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt, refuse_unbuilt_model
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
+
+
+Pieces = tuple[tuple[Piece, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,15 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Quick:
+    """A closed-form price."""
+
+    step_time_s: float
+    peak_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Durations:
     """Seconds of one micro-batch on a stage."""
 
@@ -132,34 +145,48 @@ class Estimator:
         """Price `layout` by playing its schedule. Raises UserError for a layout that cannot be run."""
         self.check(layout)
         schedule = layout_schedule(layout, micro_batches(layout, self.workload))
-        programs = [rank_program(self.model, layout, self.workload, Place(stage)) for stage in range(layout.pp)]
+        kinds = distinct_stages(self.model.layers, layout.pp)
+        programs = self._programs(layout)
         memory = tuple(stage_memory(p, layout, schedule, stage, self.overhead) for stage, p in enumerate(programs))
         send = self.send_seconds(layout)
         alone = [self.durations(p.pieces, layout, shared=False) for p in programs]
+        floor = self._shared_floor(layout, [(programs[stage].pieces, count) for stage, count in kinds])
         timeline = play(schedule, [d.forward for d in alone], [d.backward for d in alone], send)
-        without_sends = play(schedule, [d.forward for d in alone], [d.backward for d in alone], 0.0) if send else timeline
         end = max(self._step_end(p, layout, d) for p, d in zip(programs, alone, strict=True))
-        floor = self.shared_floor(layout, [p.pieces for p in programs])
         step = max(timeline.end, floor) + end
-        costs = self._collective_costs(programs, layout, alone, timeline.end - without_sends.end)
+        # Between fill and drain a send runs beside computation; filling and draining wait for one hop a stage each.
+        costs = self._collective_costs(programs, layout, alone, exposed_sends=2 * (layout.pp - 1) * send)
         compute = max(d.compute for d in alone) * schedule.micro_batches
         return self._result(layout, step, timeline, memory, costs, compute)
 
-    def quick(self, layout: Layout) -> tuple[float, bool]:
-        """(step seconds, fits) by closed form, for ranking candidates: within a few per cent of `estimate`."""
+    def quick(self, layout: Layout) -> Quick:
+        """Time and fit by closed form, for ranking candidates: no schedule is played and no bucket planned."""
         m = micro_batches(layout, self.workload)
-        pieces = [stage_pieces(self.model, layout, self.workload.seq, Place(stage)) for stage in range(layout.pp)]
+        kinds = distinct_stages(self.model.layers, layout.pp)
+        pieces = [stage_pieces(self.model, layout, self.workload.seq, Place(stage)) for stage, _ in kinds]
         alone = [self.durations(p, layout, shared=False) for p in pieces]
         each = [d.forward + d.backward for d in alone]
-        pipeline = (m - 1) * max(each) + sum(each) + 2 * (layout.pp - 1) * self.send_seconds(layout)
-        schedule = layout_schedule(layout, min(m, 2 * layout.pp))
+        total = sum(seconds * count for seconds, (_, count) in zip(each, kinds, strict=True))
+        pipeline = (m - 1) * max(each) + total + 2 * (layout.pp - 1) * self.send_seconds(layout)
         memory = [
-            quick_stage_memory(self.model, layout, p, schedule.in_flight(stage), stage, self.workload.seq, self.overhead)
-            for stage, p in enumerate(pieces)
+            quick_stage_memory(
+                self.model, layout, p, peak_in_flight(layout.schedule, stage, layout.pp, m), stage, self.workload.seq, self.overhead
+            )
+            for p, (stage, _) in zip(pieces, kinds, strict=True)
         ]
-        fits = max(sum(categories.values()) for categories in memory) <= self.cluster.accelerator.memory_bytes
         end = max(self._quick_end(layout, categories, d) for categories, d in zip(memory, alone, strict=True))
-        return max(pipeline, self.shared_floor(layout, pieces)) + end, fits
+        peak = max(sum(categories.values()) for categories in memory)
+        floor = self._shared_floor(layout, [(p, count) for p, (_, count) in zip(pieces, kinds, strict=True)])
+        return Quick(max(pipeline, floor) + end, peak, peak <= self.cluster.accelerator.memory_bytes)
+
+    def _programs(self, layout: Layout) -> list[Program]:
+        """Each stage's program; stages that hold the same share one."""
+        held = stage_layers(self.model.layers, layout.pp)
+        out: list[Program] = []
+        for stage in range(layout.pp):
+            same = 1 < stage < layout.pp - 1 and len(held[stage]) == len(held[stage - 1])
+            out.append(out[-1] if same else rank_program(self.model, layout, self.workload, Place(stage)))
+        return out
 
     def check(self, layout: Layout) -> None:
         """Raise UserError when the layout cannot run this model and workload, or is not built yet."""
@@ -167,7 +194,7 @@ class Estimator:
         check_layout(layout, self.model, self.workload)
         _ = self._kernels(layout, shared=False).peak_flops
 
-    def durations(self, pieces: tuple[tuple[Piece, int], ...], layout: Layout, *, shared: bool) -> Durations:
+    def durations(self, pieces: Pieces, layout: Layout, *, shared: bool) -> Durations:
         """One micro-batch through `pieces`; `shared` when all ranks of a node compute at once."""
         kernels = self._kernels(layout, shared=shared)
         each = [(self._piece_durations(piece, kernels, shared), repeat) for piece, repeat in pieces]
@@ -177,13 +204,12 @@ class Estimator:
         sends = boundary(self.model, layout, self.workload.seq, 0)
         return self.times.seconds(sends[0]) if sends else 0.0
 
-    def shared_floor(self, layout: Layout, stages: list[tuple[tuple[Piece, int], ...]]) -> float:
+    def _shared_floor(self, layout: Layout, stages: list[tuple[Pieces, int]]) -> float:
         """Where ranks share cores, the step cannot be shorter than all the work at the rate that all of them together reach."""
         if self.cluster.node.compute_slots is None or layout.world == 1:
             return 0.0
-        m = micro_batches(layout, self.workload)
-        busy = [self.durations(p, layout, shared=True) for p in stages]
-        return m * sum(d.forward + d.backward for d in busy) / layout.pp
+        busy = [(self.durations(pieces, layout, shared=True), count) for pieces, count in stages]
+        return micro_batches(layout, self.workload) * sum((d.forward + d.backward) * count for d, count in busy) / layout.pp
 
     def _kernels(self, layout: Layout, *, shared: bool) -> Kernels:
         active = min(layout.world, self.cluster.node.accelerators) if shared else 1

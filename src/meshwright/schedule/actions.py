@@ -25,7 +25,7 @@ class Kind(Enum):
 
     @property
     def is_compute(self) -> bool:
-        return self in (Kind.FORWARD, Kind.BACKWARD)
+        return self is Kind.FORWARD or self is Kind.BACKWARD
 
     @property
     def is_send(self) -> bool:

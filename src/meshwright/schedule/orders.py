@@ -26,6 +26,11 @@ def layout_schedule(layout: Layout, micro_batches: int) -> Schedule:
     return make_schedule(layout.schedule, layout.pp, micro_batches)
 
 
+def peak_in_flight(name: str, stage: int, stages: int, micro_batches: int) -> int:
+    """`Schedule.in_flight` in closed form, for pricing many layouts."""
+    return micro_batches if name == "gpipe" else min(micro_batches, stages - stage)
+
+
 def _gpipe(stage: int, stages: int, m: int) -> list[Action]:
     """All forwards, then all backwards (Huang et al. 2019, arXiv 1811.06965)."""
     out: list[Action] = []

@@ -20,3 +20,12 @@ def stage_layers(layers: int, stages: int) -> tuple[range, ...]:
         out.append(range(start, start + count))
         start += count
     return tuple(out)
+
+
+def distinct_stages(layers: int, stages: int) -> list[tuple[int, int]]:
+    """(earliest stage, how many) of stages that hold the same: the first, the last, and those between by layer count."""
+    held = stage_layers(layers, stages)
+    kinds: dict[tuple[bool, bool, int], list[int]] = {}
+    for stage, its in enumerate(held):
+        kinds.setdefault((stage == 0, stage == stages - 1, len(its)), []).append(stage)
+    return [(members[0], len(members)) for members in kinds.values()]

@@ -54,7 +54,7 @@ class LinkConstants(_Frozen):
 
     @model_validator(mode="after")
     def _every_figure_has_a_source(self) -> Self:
-        if missing := sorted(set(type(self).model_fields) - {"sources"} - set(self.sources)):
+        if missing := sorted(self.model_fields_set - {"sources"} - set(self.sources)):
             raise UserError(f"sources lacks {', '.join(missing)}")
         return self
 

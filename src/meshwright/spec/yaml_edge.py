@@ -184,7 +184,7 @@ def _malformed(error: yaml.MarkedYAMLError, text: str, source: str) -> UserError
     if mark is None:
         return UserError(f"{source}: not valid YAML: {problem}")
     lines = text.splitlines()
-    found = f"; found {_shorten(lines[mark.line].strip())!r}" if mark.line < len(lines) else "; found the end of the text"
+    found = f"; found {_shorten(lines[mark.line].rstrip())!r}" if mark.line < len(lines) else "; found the end of the text"
     return UserError(f"{source}, line {mark.line + 1}, column {mark.column + 1}: not valid YAML: {problem}{found}")
 
 
