@@ -57,6 +57,11 @@ def outer_launcher(environment: Mapping[str, str]) -> dict[str, str] | None:
     }
 
 
+def is_first_rank(environment: Mapping[str, str]) -> bool:
+    """Whether this process, not a child of it, is rank 0 of the run or started it."""
+    return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
+
+
 def rank_device() -> torch.device:
     """This rank's accelerator, or the CPU."""
     if torch.cuda.is_available():

@@ -17,6 +17,7 @@ from meshwright.models.huggingface import SafetensorsReader
 from meshwright.models.init import initial_value
 from meshwright.parallel.apply import apply
 from meshwright.parallel.mesh import build_mesh
+from meshwright.spec.catalogue import accelerator_of_device, load_accelerator, load_cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.shards import Shard
 from meshwright.spec.yaml_edge import write_text_atomically
@@ -33,7 +34,7 @@ from meshwright.train.tokenizer import load_tokenizer
 def train(recipe: Recipe, peak_flops: float | None) -> None:
     """Train as `recipe` says; every rank runs this. `peak_flops`: of one accelerator, for MFU.
 
-    Writes `metrics.jsonl`, `report.json`, `loss.png` and checkpoints under `recipe.out`.
+    Writes the metrics, `report.json` and checkpoints under `recipe.out`.
     Raises UserError for bad data and for a loss that is no longer finite.
     """
     run = Run(recipe, peak_flops)
@@ -70,9 +71,6 @@ class Run:
         self._report()
         if log:
             log.close()
-            from meshwright.report.plots import plot_loss
-
-            plot_loss(recipe.log_path, recipe.out_dir / "loss.png")
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step. Returns its metrics, equal on every rank but for the times."""
@@ -177,6 +175,20 @@ class Run:
                 "ranks": ranks,
             }
             write_text_atomically(self.recipe.out_dir / "report.json", json.dumps(report, indent=1))
+
+
+def peak_flops(recipe: Recipe) -> float | None:
+    """Dense peak of one accelerator in the recipe's precision: of its cluster, of the GPU that is found, of `local` on a CPU."""
+    if recipe.cluster is not None:
+        accelerator = load_cluster(recipe.cluster).accelerator
+    elif torch.cuda.is_available():
+        name = accelerator_of_device(torch.cuda.get_device_name())
+        if name is None:
+            return None
+        accelerator = load_accelerator(name)
+    else:
+        accelerator = load_cluster("local").accelerator
+    return accelerator.peak_flops.get(recipe.parsed_layout.precision)
 
 
 def cut(whole: Tensor, shard: Shard) -> Tensor:

@@ -14,6 +14,33 @@ from meshwright.spec.cluster import Accelerator, Cluster
 from meshwright.spec.errors import UserError, choices
 from meshwright.spec.yaml_edge import Document, parse_yaml, read_yaml, validate
 
+_DEVICE_NAMES = (
+    ("A100-SXM4-40GB", "a100-sxm-40"),
+    ("A100-SXM4-80GB", "a100-sxm-80"),
+    ("A100-PCIE-40GB", "a100-pcie-40"),
+    ("A100 80GB PCIe", "a100-pcie-80"),
+    ("H100 PCIe", "h100-pcie"),
+    ("H100 NVL", "h100-nvl"),
+    ("H100", "h100-sxm"),
+    ("H200 NVL", "h200-nvl"),
+    ("H200", "h200-sxm"),
+    ("H800", "h800-sxm"),
+    ("H20", "h20"),
+    ("GH200", "gh200-96"),
+    ("GB200", "gb200"),
+    ("GB300", "gb300"),
+    ("B200", "b200-sxm"),
+    ("B300", "b300-sxm"),
+    ("V100-SXM2-32GB", "v100-sxm2-32"),
+    ("L40S", "l40s"),
+    ("RTX 4090", "rtx-4090"),
+    ("MI300X", "mi300x"),
+    ("MI325X", "mi325x"),
+    ("MI250X", "mi250x"),
+    ("MI355X", "mi355x"),
+    ("MI350X", "mi350x"),
+)
+
 
 @lru_cache
 def read_data(name: str) -> Document:
@@ -98,3 +125,10 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(float, _represent_float)
+
+
+def accelerator_of_device(device_name: str) -> str | None:
+    """The catalogue name of the accelerator that a driver calls `device_name` ("NVIDIA H100 80GB HBM3"); None if unknown."""
+    spaced = f" {device_name.upper()} "
+    found = [(len(part), name) for part, name in _DEVICE_NAMES if f" {part.upper()}" in spaced]
+    return max(found)[1] if found else None

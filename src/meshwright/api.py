@@ -1,0 +1,64 @@
+"""The Python API: what the command line does, with names or objects.
+
+    import meshwright
+    e = meshwright.estimate(model="llama-3-70b", cluster="h100-superpod", gpus=640, seq=4096, global_batch=1280,
+                            layout="dp20:zero1 tp8:sp pp4 mb1")
+    e.mfu, e.tokens_per_s, e.as_dict()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from meshwright.cost.estimate import Estimate, Estimator
+from meshwright.planner.search import Plan
+from meshwright.planner.search import plan as search
+from meshwright.spec.catalogue import load_cluster
+from meshwright.spec.cluster import Cluster
+from meshwright.spec.errors import UserError
+from meshwright.spec.huggingface import load_model
+from meshwright.spec.layout import Layout, Precision
+from meshwright.spec.legality import check_world
+from meshwright.spec.model import Model
+from meshwright.spec.notation import parse_layout
+from meshwright.spec.workload import Workload
+
+
+def estimate(
+    *, model: str | Model, cluster: str | Cluster, layout: str | Layout, seq: int, global_batch: int, gpus: int | None = None
+) -> Estimate:
+    """Price one layout.
+
+    `model` and `cluster`: catalogue name, path, or object. `seq`: tokens; `global_batch`: sequences a step. `gpus`: checked
+    against the layout's world when given. Raises UserError for anything that does not fit together.
+    """
+    parsed = parse_layout(layout) if isinstance(layout, str) else layout
+    if gpus is not None:
+        check_world(parsed, gpus)
+    return Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch)).estimate(parsed)
+
+
+def plan(
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    gpus: int,
+    seq: int,
+    global_batch: int,
+    top: int = 5,
+    precision: Precision = "bf16",
+    progress: Callable[[int], None] | None = None,
+) -> Plan:
+    """Search for the quickest layout that fits; arguments as in `estimate`. `progress` gets the number priced so far."""
+    if gpus < 1:
+        raise UserError(f"gpus must be at least 1, got {gpus}")
+    workload = Workload(seq, global_batch)
+    return search(_model(model), _cluster(cluster), workload, gpus, top=top, precision=precision, progress=progress)
+
+
+def _model(model: str | Model) -> Model:
+    return load_model(model) if isinstance(model, str) else model
+
+
+def _cluster(cluster: str | Cluster) -> Cluster:
+    return load_cluster(cluster) if isinstance(cluster, str) else cluster

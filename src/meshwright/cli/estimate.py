@@ -1,0 +1,36 @@
+"""meshwright estimate"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from meshwright.cli.shared import AsJson, Cluster, GlobalBatch, Gpus, Model, Seq, print_json, show
+
+
+def estimate(
+    model: Model,
+    cluster: Cluster,
+    seq: Seq,
+    global_batch: GlobalBatch,
+    layout: Annotated[str, typer.Option("--layout", help='One line, such as "dp20:zero1 tp8:sp pp4 mb1".')],
+    gpus: Annotated[int | None, typer.Option("--gpus", help="Checked against the layout.")] = None,
+    timeline: Annotated[str | None, typer.Option("--timeline", help="Draw the pipeline timeline to this PNG or SVG.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Price one layout: memory, communication, time."""
+    from meshwright.api import estimate as price
+    from meshwright.report.estimate import estimate_report
+
+    priced = price(model=model, cluster=cluster, gpus=gpus, seq=seq, global_batch=global_batch, layout=layout)
+    if json:
+        print_json(priced.as_dict())
+    else:
+        show(estimate_report(priced))
+    if timeline and priced.timeline:
+        from pathlib import Path
+
+        from meshwright.report.plots import plot_timeline
+
+        plot_timeline(priced.timeline, Path(timeline), str(priced.layout))

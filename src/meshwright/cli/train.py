@@ -1,0 +1,52 @@
+"""meshwright train"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="YAML recipe; flags override its keys.")] = None,
+    model: Annotated[str | None, typer.Option(help="Catalogue name, or path of a Hugging Face config.json.")] = None,
+    layout: Annotated[str | None, typer.Option(help='One line, such as "dp2 tp2:sp pp2:1f1b mb1 fp32".')] = None,
+    data: Annotated[str | None, typer.Option(help="File, directory or glob: text, JSONL, Parquet. Default: Python's own library.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer.json. Default: bytes.")] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
+    global_batch: Annotated[int | None, typer.Option(help="Sequences in an optimizer step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest global gradient norm.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the weights and of the order of the data.")] = None,
+    init: Annotated[str | None, typer.Option(help="Hugging Face safetensors directory to start from.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="What MFU is measured against.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where checkpoints, metrics, report and plot go.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: only at the end.")] = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help="Go on from the newest checkpoint, whatever its layout.")] = None,
+    json_log: Annotated[str | None, typer.Option(help="Metrics, one JSON object a step.")] = None,
+) -> None:
+    """Train a model under a layout, on local processes or under torchrun or Slurm."""
+    overrides = {name: value for name, value in locals().items() if name != "recipe"}
+    from meshwright.train.recipe import load_recipe
+
+    parsed = load_recipe(recipe, overrides)
+    parsed.check()
+
+    from meshwright.train.launch import RankFailed, is_first_rank, launch
+    from meshwright.train.loop import peak_flops
+    from meshwright.train.loop import train as run
+
+    try:
+        launch(run, parsed.parsed_layout.world, parsed, peak_flops(parsed))
+    except RankFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if is_first_rank(os.environ):
+        from meshwright.report.plots import plot_loss
+
+        plot_loss(parsed.log_path, parsed.out_dir / "loss.png")
+        typer.echo(f"metrics {parsed.log_path}, loss plot, checkpoint and report in {parsed.out}", err=True)
