@@ -82,7 +82,12 @@ def test_accelerators_hold_their_sources_figures_in_si_units(name: str) -> None:
 
 def test_other_precisions_are_dense_too() -> None:
     assert load_accelerator("h100-sxm").peak_flops == {
-        **{"fp32": 67e12, "tf32": 494.5e12, "bf16": 989e12, "fp16": 989e12, "fp8": 1979e12, "int8": 1979e12},
+        "fp32": 67e12,
+        "tf32": 494.5e12,
+        "bf16": 989e12,
+        "fp16": 989e12,
+        "fp8": 1979e12,
+        "int8": 1979e12,
     }
     assert load_accelerator("gb200").peak_flops["fp4"] == 10000e12
     assert load_accelerator("h200-sxm").matmul_share["fp8"] == 0.734
@@ -152,8 +157,8 @@ def test_a_users_cluster_names_its_accelerator_or_spells_it_out(tmp_path: Path) 
     assert by_name.fabric.oversubscription == 2
     inline = OWN.replace(
         "accelerator: h100-sxm\n",
-        "accelerator:\n  {name: x, title: X, vendor: V, memory_bytes: 64e9, memory_bandwidth: 1e12, peak_flops: {bf16: 1e14},\n"
-        "   scale_up: {name: wire, bandwidth: 1e11}, confidence: high, source: me}\n",
+        "accelerator:\n  {name: x, title: X, vendor: V, memory_bytes: 64e9, memory_bandwidth: 1e12,\n"
+        "   peak_flops: {bf16: 1e14}, scale_up: {name: wire, bandwidth: 1e11}, confidence: high, source: me}\n",
     )
     part = load_cluster(written(tmp_path, inline)).accelerator
     assert (part.name, part.memory_bytes, part.scale_up.kind) == ("x", 64 * 10**9, "other")
@@ -180,7 +185,7 @@ def test_a_path_wins_over_a_catalogue_name(tmp_path: Path, monkeypatch: pytest.M
         ("oversubscription: 2", "oversubscription: 0.5", "must be greater than or equal to 1, got 0.5"),
         ("domain: 8, ", "", "own.yaml, line 7: fabric.domain: missing; required here: kind, transport, domain"),
         ("name: mine\n", "", "own.yaml, line 1: name: missing"),
-        ("accelerator: h100-sxm", "accelerator: {name: x", "own.yaml, line 3, column 1: not valid YAML"),
+        ("accelerator: h100-sxm", "accelerator: {name: x", "own.yaml, line 3, column 5: not valid YAML"),
     ],
 )
 def test_a_wrong_cluster_is_refused_where_it_is_wrong(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -189,11 +194,9 @@ def test_a_wrong_cluster_is_refused_where_it_is_wrong(tmp_path: Path, old: str, 
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(
-        UserError, match=r"unknown cluster 'h100-superpd': did you mean h100-superpod .*; or the path of a YAML"
-    ):
+    with pytest.raises(UserError, match=r"unknown cluster 'h100-superpd': did you mean h100-superpod.*; or the path"):
         load_cluster("h100-superpd")
-    with pytest.raises(UserError, match="^nowhere/c.yml: no such file"):
+    with pytest.raises(UserError, match=r"^nowhere/c\.yml: no such file"):
         load_cluster("nowhere/c.yml")
     with pytest.raises(UserError, match="unknown accelerator 'b20-sxm': did you mean b200-sxm"):
         load_accelerator("b20-sxm")
@@ -246,7 +249,7 @@ def test_dumped_numbers_are_legible_here_and_to_yaml_1_1() -> None:
 # --- collectives
 
 
-def test_collective_constants_hold_ncclls_figures() -> None:
+def test_collective_constants_hold_nccls_figures() -> None:
     constants = load_collective_constants()
     nvlink, network = constants.scale_up["nvlink"], constants.network
     assert (nvlink.protocols["simple"].base_latency, nvlink.protocols["simple"].hop_latency) == (8.4e-6, 3.4e-6)

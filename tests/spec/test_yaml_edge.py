@@ -84,10 +84,8 @@ def test_the_first_error_is_told_and_the_rest_counted() -> None:
     [
         ("name: a\npart: width: 3\n", "m.yaml, line 2, column 12: not valid YAML: mapping values are not allowed"),
         ("name: a\npart: width: 3\n", "found 'part: width: 3'"),
-        (
-            "name: [a\n",
-            "m.yaml, line 2, column 1: not valid YAML: did not find expected ',' or ']'; found the end of the text",
-        ),
+        ("name: [a\n", "m.yaml, line 2, column 1: not valid YAML: "),
+        ("name: [a\n", "; found the end of the text"),
         ("name: a\n\tkind: b\n", r"found '\tkind: b'"),
         ("name: !thing a\n", "m.yaml, line 1, column 7: not valid YAML: could not determine a constructor"),
         ("name: *nobody\n", "m.yaml, line 1, column 7: not valid YAML: found undefined alias"),

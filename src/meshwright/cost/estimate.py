@@ -31,7 +31,7 @@ from meshwright.spec.cluster import Cluster
 from meshwright.spec.collectives import load_collective_constants
 from meshwright.spec.kernels import load_kernel_constants
 from meshwright.spec.layout import Layout
-from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt, refuse_unbuilt_model
+from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt, refuse_unbuilt_model
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
@@ -192,6 +192,7 @@ class Estimator:
         """Raise UserError when the layout cannot run this model and workload, or is not built yet."""
         refuse_unbuilt(layout)
         check_layout(layout, self.model, self.workload)
+        check_room(layout, self.cluster)
         _ = self._kernels(layout, shared=False).peak_flops
 
     def durations(self, pieces: Pieces, layout: Layout, *, shared: bool) -> Durations:

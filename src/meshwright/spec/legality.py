@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
@@ -43,6 +44,15 @@ def check_world(layout: Layout, ranks: int) -> None:
     else:
         hint = f"one replica takes {replica}, which does not divide {ranks}"
     raise UserError(f"world = {' x '.join(parts)} = {layout.world} ranks, but {ranks} are given: {hint}")
+
+
+def check_room(layout: Layout, cluster: Cluster) -> None:
+    """Raise UserError when the layout needs more than one node of a cluster whose nodes have no network."""
+    if cluster.fabric.kind == "none" and layout.world > cluster.node.accelerators:
+        raise UserError(
+            f"cluster {cluster.name} is one node of {cluster.node.accelerators} ranks without a network, but the layout needs "
+            f"{layout.world}: measure it with `meshwright bench --ranks {layout.world}`, or take a smaller layout"
+        )
 
 
 def micro_batches(layout: Layout, workload: Workload) -> int:

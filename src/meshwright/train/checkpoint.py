@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,8 @@ def save_checkpoint(directory: Path, step: int, about: dict[str, Any], mesh: Mes
         partial.mkdir(parents=True)
     _barrier()
     boxes = _owned_boxes(mesh, optimizer) if _writes(mesh) else {}
-    dcp.save({}, storage_writer=dcp.FileSystemWriter(partial), planner=_SavePlanner(boxes), no_dist=not dist.is_initialized())
+    with _quiet():
+        dcp.save({}, storage_writer=dcp.FileSystemWriter(partial), planner=_SavePlanner(boxes), no_dist=not dist.is_initialized())
     if mesh.rank == 0:
         write_text_atomically(partial / ABOUT, json.dumps({"step": step, **about}, indent=1))
         shutil.rmtree(path, ignore_errors=True)
@@ -80,7 +83,8 @@ def load_checkpoint(path: Path, mesh: Mesh, optimizer: Optimizer) -> dict[str, A
         shape = tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
         if shape != pieces[0].global_shape:
             raise UserError(f"checkpoint {path} is of another model: {name} has shape {shape}, expected {pieces[0].global_shape}")
-    dcp.load({}, storage_reader=reader, planner=_LoadPlanner(boxes), no_dist=not dist.is_initialized())
+    with _quiet():
+        dcp.load({}, storage_reader=reader, planner=_LoadPlanner(boxes), no_dist=not dist.is_initialized())
     optimizer.set_step(int(about["step"]))
     optimizer.state.publish()
     return about
@@ -167,7 +171,7 @@ def _shard_boxes(shard: Shard, offset: int, owned: slice, flat: Tensor) -> Itera
 
 class _SavePlanner(DefaultSavePlanner):
     def __init__(self, boxes: dict[str, list[Box]]):
-        super().__init__()
+        super().__init__(flatten_state_dict=False)
         self._boxes = {MetadataIndex(name, box.offsets): box for name, pieces in boxes.items() for box in pieces}
 
     def create_local_plan(self) -> SavePlan:
@@ -185,7 +189,7 @@ class _SavePlanner(DefaultSavePlanner):
 
 class _LoadPlanner(DefaultLoadPlanner):
     def __init__(self, boxes: dict[str, list[Box]]):
-        super().__init__()
+        super().__init__(flatten_state_dict=False)
         self._boxes = boxes
         self._by_index = {MetadataIndex(name, box.offsets): box for name, pieces in boxes.items() for box in pieces}
 
@@ -204,6 +208,14 @@ class _LoadPlanner(DefaultLoadPlanner):
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             tensor = tensor.narrow(dim, start, length)
         return tensor
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """One process without a process group is meant: PyTorch warns of it at every save."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _barrier() -> None:

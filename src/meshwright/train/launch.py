@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -77,7 +78,9 @@ def set_threads(local_ranks: int) -> None:
 
 
 def _launch_locally(entry: Callable[..., None], world: int, args: tuple[Any, ...]) -> None:
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for noisy in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what they report reaches the caller as RankFailed
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "meshwright.train.loop"])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
         min_nodes=1,
@@ -86,7 +89,7 @@ def _launch_locally(entry: Callable[..., None], world: int, args: tuple[Any, ...
         run_id="meshwright",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        start_method="spawn",
+        start_method="forkserver",
         max_restarts=0,
         monitor_interval=0.2,
     )
@@ -106,7 +109,12 @@ def _run_rank(entry: Callable[..., None], args: tuple[Any, ...]) -> None:
     set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     device = rank_device()
     dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-    entry(*args)
+    try:
+        entry(*args)
+    except Exception:
+        raise
+    except BaseException as error:  # Distributed Checkpoint's is one, which the agent would not record
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
     dist.destroy_process_group()
 
 

@@ -31,6 +31,10 @@ from meshwright.train.recipe import Recipe
 from meshwright.train.tokenizer import load_tokenizer
 
 
+SAME_DATA = ("data", "tokenizer", "seq", "global_batch", "seed")
+"""Recipe fields that a resumed run must share, or step k would not be the same batch."""
+
+
 def train(recipe: Recipe, peak_flops: float | None) -> None:
     """Train as `recipe` says; every rank runs this. `peak_flops`: of one accelerator, for MFU.
 
@@ -108,11 +112,12 @@ class Run:
         if path is None:
             raise UserError(f"nothing to resume: no checkpoint in {self.recipe.out_dir / 'checkpoints'}")
         about = load_checkpoint(path, self.mesh, self.optimizer)
-        changed = [key for key in ("data", "tokenizer", "seq", "global_batch", "seed") if about["recipe"][key] != getattr(self.recipe, key)]
+        saved = about["recipe"]
+        changed = [f"{key} {saved[key]}" for key in SAME_DATA if saved[key] != getattr(self.recipe, key)]
         if changed:
             raise UserError(
-                f"{path} was saved with other {', '.join(f'{key}={about["recipe"][key]}' for key in changed)}: "
-                "its data position would be lost; use the same, or start anew in another --out"
+                f"{path} was saved with {', '.join(changed)}: with another its place in the data would be lost; "
+                "use the same, or start anew in another --out"
             )
         return int(about["step"])
 
