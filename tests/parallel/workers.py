@@ -1,6 +1,8 @@
-"""What ranks do in the parity tests: build the engine, run one step, hand back global gradients."""
+"""What ranks do in the parity tests: build the engine, run steps, hand back what they hold. Imported by the rank processes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,19 +14,32 @@ from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
 from meshwright.spec.shards import Shard
 from meshwright.spec.workload import Workload
+from meshwright.train.optimizer import Optimizer
+from meshwright.train.recipe import Recipe
+
+Gradients = list[tuple[Shard, torch.Tensor]]
 
 
 def cut(whole: torch.Tensor, shard: Shard) -> torch.Tensor:
     return whole if shard.dim is None else whole.narrow(shard.dim, shard.start, shard.length)
 
 
-def build(model: Model, workload: Workload, layout: Layout, seed: int = 0) -> Engine:
+def build(model: Model, workload: Workload, layout: Layout) -> Engine:
     mesh = build_mesh(layout, model, torch.device("cpu"))
-    return apply(model, workload, mesh, lambda shard: cut(initial_value(model, shard.name, shard.global_shape, seed), shard))
+    return apply(model, workload, mesh, lambda shard: cut(initial_weight(model, shard), shard))
 
 
-def global_batch(model: Model, workload: Workload, step: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """One (tokens, labels) a sequence; padded to very different lengths, so ranks count different numbers of tokens."""
+def initial_weight(model: Model, shard: Shard) -> torch.Tensor:
+    """As in training, but with biases and norms off 0 and 1, where mistakes in them would not show."""
+    value = initial_value(model, shard.name, shard.global_shape, seed=0)
+    if value.ndim > 1:
+        return value * 5  # gradients of order 1, so that attention is not uniform
+    noise = initial_value(model, shard.name, (1, *shard.global_shape), seed=1)[0]
+    return value + 5 * noise
+
+
+def global_batch(model: Model, workload: Workload, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tokens, labels) of each sequence, padded to very different lengths: ranks count different numbers of tokens."""
     generator = torch.Generator().manual_seed(1000 + step)
     out = []
     for i in range(workload.global_batch):
@@ -37,37 +52,98 @@ def global_batch(model: Model, workload: Workload, step: int = 0) -> list[tuple[
 
 def local_batch(model: Model, workload: Workload, engine: Engine, step: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     layout = engine.mesh.layout
-    batch = global_batch(model, workload, step)
     per_rank = workload.global_batch // layout.dp
-    mine = batch[engine.mesh["dp"].index * per_rank :][:per_rank]
-    mb = layout.micro_batch
-    return [tuple(torch.cat(parts) for parts in zip(*mine[i : i + mb], strict=True)) for i in range(0, per_rank, mb)]
+    mine = global_batch(model, workload, step)[engine.mesh["dp"].index * per_rank :][:per_rank]
+    size = layout.micro_batch
+    return [
+        (torch.cat([t for t, _ in mine[i : i + size]]), torch.cat([y for _, y in mine[i : i + size]])) for i in range(0, per_rank, size)
+    ]
 
 
-def shard_gradients(engine: Engine) -> list[tuple[Shard, torch.Tensor]]:
-    """This rank's whole shards of the finished gradients; under ZeRO-1 gathered from the dp ranks."""
+def shard_gradients(engine: Engine) -> Gradients:
+    """This rank's shards of the finished gradients; under ZeRO-1 gathered from the dp ranks, behind the ledger's back."""
     out = []
     for bucket in engine.state.buckets:
         flat = bucket.gradients
         if engine.mesh.layout.state_shards > 1:
-            flat = torch.empty_like(bucket.gradients)
-            dist.all_gather_into_tensor(flat, bucket.weights.grad.contiguous(), group=engine.mesh["dp"].handle)
+            pieces = [torch.empty_like(bucket.weights) for _ in engine.mesh["dp"].ranks]
+            dist.all_gather(pieces, bucket.weights.grad.contiguous(), group=engine.mesh["dp"].handle)
+            flat = torch.cat([piece.detach() for piece in pieces])
         by_name = {shard.name: shard for shard in bucket.plan.shards}
         out += [(by_name[name], view.clone()) for name, view in bucket.views(flat)]
     return out
 
 
-def gradients_of_step(model: Model, workload: Workload, layout: Layout):
-    """(loss, squared gradient norm, shards with gradients, ledger rows) of step 1 on this rank."""
+def gradients_of_step_1(model: Model, workload: Workload, layout: Layout) -> tuple[list[float], Gradients]:
+    """([loss, squared gradient norm], this rank's gradients)."""
     engine = build(model, workload, layout)
-    figures = engine.forward_backward(local_batch(model, workload, engine))
-    return figures, shard_gradients(engine), engine.mesh.ledger.rows()
+    figures = engine.forward_backward(local_batch(model, workload, engine)).tolist()
+    return figures, shard_gradients(engine)
 
 
-def assemble(ranks: list[list[tuple[Shard, torch.Tensor]]]) -> dict[str, list[tuple[Shard, torch.Tensor]]]:
-    """Every rank's piece of each global parameter."""
-    out: dict[str, list[tuple[Shard, torch.Tensor]]] = {}
-    for pieces in ranks:
-        for shard, tensor in pieces:
-            out.setdefault(shard.name, []).append((shard, tensor))
+def losses(model: Model, workload: Workload, layout: Layout, steps: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step of a short training with AdamW, warm-up and clipping."""
+    engine = build(model, workload, layout)
+    optimizer = Optimizer(Recipe(steps=steps, lr=1e-3, warmup=5, clip=0.5), engine.state)
+    out = []
+    for step in range(steps):
+        loss, squared = engine.forward_backward(local_batch(model, workload, engine, step % 4)).tolist()
+        norm, _ = optimizer.step(step, squared)
+        out.append((loss, norm))
     return out
+
+
+def held_and_sent(model: Model, workload: Workload, layout: Layout) -> dict[str, Any]:
+    """Bytes of state, the ledger of the first step, and the calls that reached torch.distributed beside it."""
+    with counted_calls() as calls:
+        engine = build(model, workload, layout)
+        optimizer = Optimizer(Recipe(), engine.state)
+        calls.clear()
+        _, squared = engine.forward_backward(local_batch(model, workload, engine)).tolist()
+        optimizer.step(0, squared)
+        calls_of_step = list(calls)
+    state = engine.state
+    return {
+        "stage": engine.mesh.stage,
+        "tp": engine.mesh["tp"].index,
+        "ledger": [(e.axis, e.op, e.group_size, count, nbytes) for e, count, nbytes in engine.mesh.ledger.rows()],
+        "calls": calls_of_step,
+        "state": {
+            "parameters": sum(b.parameters.nbytes for b in state.buckets),
+            "gradients": sum(b.gradients.nbytes for b in state.buckets),
+            "optimizer": optimizer.state_bytes(),
+        },
+        "held_by_module": sum(p.nbytes for p in {id(p): p for p in engine.stage.parameters()}.values()),
+    }
+
+
+class counted_calls:
+    """Wraps the functions of torch.distributed that the collectives call, so that the ledger has a witness."""
+
+    def __enter__(self) -> list[tuple[str, int]]:
+        from meshwright.parallel import collectives
+
+        self.calls: list[tuple[str, int]] = []
+        self.originals = [
+            (dist, "all_reduce", dist.all_reduce, 0),
+            (collectives, "_all_gather", collectives._all_gather, 0),
+            (collectives, "_reduce_scatter", collectives._reduce_scatter, 1),
+            (dist, "batch_isend_irecv", dist.batch_isend_irecv, None),
+        ]
+        for module, name, original, index in self.originals:
+            setattr(module, name, self._wrap(name, original, index))
+        return self.calls
+
+    def __exit__(self, *_: object) -> None:
+        for module, name, original, _ in self.originals:
+            setattr(module, name, original)
+
+    def _wrap(self, name: str, original: Any, index: int | None) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if index is None:
+                self.calls.extend(("send", op.tensor.nbytes) for op in args[0] if op.op is dist.isend)
+            else:
+                self.calls.append((name.lstrip("_"), args[index].nbytes))
+            return original(*args, **kwargs)
+
+        return wrapped

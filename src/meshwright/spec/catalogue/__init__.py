@@ -128,7 +128,7 @@ _Dumper.add_representer(float, _represent_float)
 
 
 def accelerator_of_device(device_name: str) -> str | None:
-    """The catalogue name of the accelerator that a driver calls `device_name` ("NVIDIA H100 80GB HBM3"); None if unknown."""
+    """The catalogue name of the accelerator a driver calls `device_name` ("NVIDIA H100 80GB HBM3"); None if unknown."""
     spaced = f" {device_name.upper()} "
     found = [(len(part), name) for part, name in _DEVICE_NAMES if f" {part.upper()}" in spaced]
     return max(found)[1] if found else None

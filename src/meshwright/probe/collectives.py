@@ -1,0 +1,97 @@
+"""How long the engine's collectives take, over group sizes and message sizes. These functions run on the ranks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from meshwright.parallel.collectives import Group
+from meshwright.parallel.ledger import Ledger
+from meshwright.probe.window import over_ranks, rank_device, rounded, seconds_of, together
+from meshwright.spec.cluster import CollectivePoint
+
+_BATCH_SECONDS = 2e-3
+"""Short calls are timed by the batch: ranks leave a barrier up to some 100 us apart, which one call alone would be charged for."""
+_REPETITIONS = (3, 100)
+"""Fewest and most timings of one point."""
+
+
+def group_sizes(ranks: int) -> list[int]:
+    """2, 4, 8, ... and all of them."""
+    return [*(2**i for i in range(1, ranks.bit_length()) if 2**i < ranks), *([ranks] if ranks > 1 else [])]
+
+
+def operations(size: int) -> tuple[str, ...]:
+    """What is measured among `size` ranks: sends join pairs only."""
+    return ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", *(("p2p",) if size == 2 else ()))
+
+
+def measure_collectives(size: int, byte_sizes: Sequence[int], seconds: float) -> tuple[CollectivePoint, ...]:
+    """Seconds of every operation at each size, `seconds` a point, while all disjoint groups of `size` ranks run it at once.
+
+    That is how a mesh uses them. A time is the median over repetitions of the slowest rank. All ranks return the same.
+    """
+    group = _own_group(size)
+    points = []
+    for op in operations(size):
+        for nbytes in byte_sizes:
+            numel = max(1, nbytes // 4 // size) * size  # whole fp32 elements on every rank
+            call, per_call = (lambda: None, 1) if group is None else _operation(op, group, numel)
+            took = _median_seconds(call, seconds) / per_call
+            points.append(CollectivePoint(op=op, ranks=size, bytes=4 * numel, seconds=rounded(took)))
+    return tuple(points)
+
+
+def _own_group(size: int) -> Group | None:
+    """The group of `size` neighbours that this rank is in; None for ranks left over, who only wait for the others."""
+    world, rank, own = dist.get_world_size(), dist.get_rank(), None
+    for first in range(0, world - size + 1, size):
+        ranks = tuple(range(first, first + size))
+        handle = dist.new_group(list(ranks))  # a call of all ranks, members or not
+        if rank in ranks:
+            own = Group("probe", ranks, ranks.index(rank), handle, Ledger())
+    return own
+
+
+def _operation(op: str, group: Group, numel: int) -> tuple[Callable[[], object], int]:
+    """(a call, how many operations it does) on fp32 buffers of `numel` elements, zeros so that sums stay finite."""
+    device = rank_device()
+    whole = torch.zeros(numel, device=device)
+    piece = torch.zeros(numel // group.size, device=device)
+    calls: dict[str, Callable[[], object]] = {
+        "all_reduce": lambda: group.all_reduce(whole),
+        "all_gather": lambda: group.all_gather(whole, piece),
+        "reduce_scatter": lambda: group.reduce_scatter(piece, whole),
+    }
+    if op in calls:
+        return calls[op], 1
+    if op == "p2p":
+        return lambda: _there_and_back(group, whole), 2
+    received = torch.empty_like(whole)
+    return lambda: dist.all_to_all_single(received, whole, group=group.handle), 1
+
+
+def _there_and_back(group: Group, message: torch.Tensor) -> None:
+    """Half of it is one message with its latency; one way only, senders would run ahead of the receivers."""
+    turns = ([(message, 1 - group.index)], [])
+    for sends, receives in (turns, turns[::-1]) if group.index == 0 else (turns[::-1], turns):
+        for work in group.exchange(sends, receives):
+            work.wait()
+
+
+def _median_seconds(call: Callable[[], object], seconds: float) -> float:
+    """Of one call on the slowest rank. Ranks must call equally often, so they agree on how long a call takes first."""
+    seconds_of(call)  # the first call connects
+    together()
+    once = over_ranks([seconds_of(call)], dist.ReduceOp.MAX)[0]
+    batch = max(1, int(_BATCH_SECONDS / once))
+    fewest, most = _REPETITIONS
+    repetitions = min(most, max(fewest, int(seconds / (batch * once))))
+    times = []
+    for _ in range(repetitions):
+        together()
+        times.append(seconds_of(call, batch) / batch)
+    return statistics.median(over_ranks(times, dist.ReduceOp.MAX))

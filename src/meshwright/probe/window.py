@@ -1,0 +1,74 @@
+"""What the measurements share: the rank's device, a common start, and a rate over a window of time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WINDOWS = 3
+"""Every rate is the median of so many windows, which starts of other processes do not move."""
+
+
+def rank_device() -> torch.device:
+    """Where this rank computes: its GPU under nccl, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what was started on the device; the CPU computes as it is called."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def over_ranks(values: Sequence[float], op: Any) -> list[float]:
+    """Each value reduced over all ranks, which leave this together."""
+    device = rank_device()
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=op)
+    return tensor.tolist()  # type: ignore[no-any-return]
+
+
+def together() -> None:
+    """Return on every rank once all have come here. A barrier, without NCCL's need to be told the device."""
+    over_ranks([0.0], dist.ReduceOp.SUM)
+
+
+def seconds_of(call: Callable[[], object], calls: int = 1) -> float:
+    """Seconds that `calls` calls take on this rank, its device included."""
+    device = rank_device()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    finish(device)
+    return time.perf_counter() - start
+
+
+def call_rate(call: Callable[[], object], seconds: float) -> float:
+    """Calls per second of one rank while all ranks of the process group call for `seconds`: mean over ranks, median over windows.
+
+    All start at once and count what they finish in the same time, so that ranks that share a core are charged for waiting.
+    """
+    window = seconds / WINDOWS
+    seconds_of(call)  # the first call compiles, allocates and faults pages in
+    # A GPU is waited for a few times a window: often enough to end in time, too seldom to idle between.
+    chunk = max(1, int(window / 10 / seconds_of(call)))
+    rates = []
+    for _ in range(WINDOWS):
+        together()
+        calls, elapsed = 0, 0.0
+        while elapsed < window or not calls:
+            elapsed += seconds_of(call, chunk)
+            calls += chunk
+        rates.append(calls / elapsed)
+    summed = over_ranks(rates, dist.ReduceOp.SUM)
+    return statistics.median(summed) / dist.get_world_size()
+
+
+def rounded(figure: float) -> float:
+    """Four significant digits: more than any measurement here repeats."""
+    return float(f"{figure:.4g}")

@@ -1,0 +1,51 @@
+"""Small models that hold every case at once, and the layouts they are split by."""
+
+from __future__ import annotations
+
+from meshwright.spec.model import Model, Rope
+from meshwright.spec.workload import Workload
+
+WORKLOAD = Workload(seq=16, global_batch=8)
+
+_LLAMA = {
+    "family": "llama", "layers": 4, "hidden": 32, "ffn": 48, "vocab": 101, "heads": 8, "kv_heads": 2, "head_dim": 4, "max_positions": 64,
+}  # fmt: skip
+
+UNTIED = Model(name="untied", **_LLAMA)
+TIED = Model(name="tied", **{**_LLAMA, "tied": True})
+FEW_KV_HEADS = Model(name="few-kv-heads", **{**_LLAMA, "kv_heads": 1, "qkv_bias": True, "qk_norm": True, "rope": Rope(theta=100.0)})
+GPT2 = Model(
+    name="gpt2-like",
+    **{
+        **_LLAMA, "family": "gpt2", "kv_heads": 8, "norm": "layernorm", "rope": None, "gated": False, "activation": "gelu_tanh",
+        "qkv_bias": True, "out_bias": True, "mlp_bias": True, "tied": True, "windows": (None, 8, None, 8),
+    },
+)  # fmt: skip
+MODELS = {model.name: model for model in (UNTIED, TIED, FEW_KV_HEADS, GPT2)}
+"""The vocabulary of 101 divides by nothing; `few-kv-heads` has one key-value head for any tp."""
+
+LAYOUTS = (
+    "dp2 mb1",
+    "tp2 mb1",
+    "tp2:sp mb1",
+    "pp2 mb1",
+    "dp2 tp2 mb1",
+    "tp2 pp2 mb2",
+    "dp2 pp2 mb2",
+    "dp2 tp2:sp pp2 mb1",
+    "dp2:zero1 tp2 mb1",
+)
+"""The layouts of the first release's promise."""
+
+MORE_LAYOUTS = (
+    "mb1",
+    "tp4 mb2",
+    "tp4:sp mb2",
+    "pp4 mb1",
+    "pp2:gpipe mb1",
+    "dp4:zero1 mb1",
+    "dp2:zero1 pp2 mb1",
+    "dp2:zero1 tp2:sp mb1 ac:full",
+    "tp2 pp2 mb2 ac:full",
+    "dp2 tp2 pp2 mb1 order:pp-dp-cp-tp",
+)

@@ -1,0 +1,69 @@
+"""Every layout computes the gradients, losses and norms of one process, parameter by parameter."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+import workers
+from fixtures import LAYOUTS, MODELS, MORE_LAYOUTS, WORKLOAD
+
+from meshwright.spec.model import Model
+from meshwright.spec.notation import parse_layout
+from meshwright.spec.parameters import parameters
+from meshwright.testing import run_distributed
+
+TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
+STEPS = 50
+
+
+@lru_cache
+def one_process(model: Model, precision: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    figures, gradients = run_distributed(workers.gradients_of_step_1, 1, model, WORKLOAD, parse_layout(f"mb1 {precision}"))[0]
+    return figures, {shard.name: gradient for shard, gradient in gradients}
+
+
+@lru_cache
+def one_process_losses(model: Model, precision: str) -> list[tuple[float, float]]:
+    return run_distributed(workers.losses, 1, model, WORKLOAD, parse_layout(f"mb1 {precision}"), STEPS)[0]
+
+
+def scale_of(name: str, reference: dict[str, torch.Tensor], model: Model) -> float:
+    """What an error in this parameter's gradient is relative to: its own largest element.
+
+    But a key bias without rotary positions adds the same to every score of a query, which softmax does not see: its gradient
+    is zero and what is computed is rounding. There the query bias of the same layer sets the scale.
+    """
+    if model.rope is None and name.endswith("qkv.k.bias"):
+        name = name.replace("qkv.k", "qkv.q")
+    return float(reference[name].abs().max())
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("layout", LAYOUTS + MORE_LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_step_1(name: str, layout: str, precision: str) -> None:
+    model, parsed = MODELS[name], parse_layout(f"{layout} {precision}")
+    figures, reference = one_process(model, precision)
+    ranks = run_distributed(workers.gradients_of_step_1, parsed.world, model, WORKLOAD, parsed)
+    seen = set()
+    for rank_figures, gradients in ranks:
+        assert rank_figures == pytest.approx(figures, rel=TOLERANCE[precision])
+        for shard, gradient in gradients:
+            error = (workers.cut(reference[shard.name], shard) - gradient).abs().max() / scale_of(shard.name, reference, model)
+            assert error <= TOLERANCE[precision], f"{shard.name}: relative error {error:.1e}"
+            seen.add(shard.name)
+    assert seen == {p.name for p in parameters(model)}
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["untied", "tied", "few-kv-heads"])
+def test_loss_after_50_steps(name: str, layout: str, precision: str) -> None:
+    parsed = parse_layout(f"{layout} {precision}")
+    reference = one_process_losses(MODELS[name], precision)
+    assert reference[-1][0] < 0.8 * reference[0][0], "the reference must learn, or equal losses say nothing"
+    for rank in run_distributed(workers.losses, parsed.world, MODELS[name], WORKLOAD, parsed, STEPS):
+        assert [loss for loss, _ in rank] == pytest.approx([loss for loss, _ in reference], rel=TOLERANCE[precision])
+        assert [norm for _, norm in rank] == pytest.approx([norm for _, norm in reference], rel=TOLERANCE[precision] * 100)
