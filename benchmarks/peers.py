@@ -2,13 +2,14 @@
 
     python benchmarks/peers.py [--repetitions 15] [--cases tp2,dp2,pp2] [--json PATH]
 
-Both sides train the same decoder on the same tokens in the same two processes, one thread each; a step is forward, backward and
-gradient reduction, without optimizer. Before anything is timed, their losses and gradients must agree. Repetitions interleave
-(A B, B A, A B, ...), so that a slow moment of the machine falls on both: read the ratios, not the milliseconds.
+Both sides train the same decoder on the same tokens in the same two processes, one thread each; a step is forward,
+backward and gradient reduction, without optimizer. Before anything is timed, their losses and gradients must agree.
+Repetitions interleave (A B, B A, A B, ...), so that a slow moment of the machine falls on both: read the ratios, not the
+milliseconds.
 
 The other side is set up as its own documentation does, and where there was a choice, the faster way:
-  tp2     parallelize_module: torchtitan's Llama 3 plan, with vocab-parallel embedding and loss; one way in for q, k, v and for
-          gate, up. It leaves the norms' gradients as partial sums, which its step here completes.
+  tp2     parallelize_module: torchtitan's Llama 3 plan, with vocab-parallel embedding and loss; one way in for q, k, v and
+          one for gate, up. It leaves the norms' gradients as partial sums, which its step here completes.
   dp2     DistributedDataParallel with gradient_as_bucket_view.
   pp2     PipelineStage and Schedule1F1B on the same split of layers; the loss is scaled instead of the gradients.
 """
@@ -63,8 +64,17 @@ TOLERANCE = 1e-4
 """Relative distance of losses and of each parameter's gradient; both sides sum in fp32, in different orders."""
 SEQ = 1024
 MODEL = Model(
-    name="llama-512x8", family="llama", layers=8, hidden=512, ffn=1408, vocab=512, heads=8, kv_heads=4, head_dim=64, max_positions=SEQ
-)  # fmt: skip
+    name="llama-512x8",
+    family="llama",
+    layers=8,
+    hidden=512,
+    ffn=1408,
+    vocab=512,
+    heads=8,
+    kv_heads=4,
+    head_dim=64,
+    max_positions=SEQ,
+)
 
 Batch = list[tuple[Tensor, Tensor]]
 """This rank's micro-batches: token ids and labels, each [1, SEQ]."""
@@ -92,7 +102,7 @@ CASES = (
 
 @dataclass
 class Side:
-    """`step` returns this rank's part of the mean loss; the parts of all ranks sum to it. `gradients` are by global name."""
+    """`step` returns this rank's part of the mean loss: the parts sum to it. `gradients` are by global name."""
 
     step: Callable[[], Tensor]
     gradients: Callable[[], dict[str, Tensor]]
@@ -117,7 +127,7 @@ class Result:
         return low, high
 
 
-# --- the two sides ------------------------------------------------------------------------------------------------------------
+# --- the two sides ----------------------------------------------------------------------------------------------------
 
 
 def ours(case: Case, batch: Batch) -> tuple[Side, Engine]:
@@ -143,11 +153,11 @@ def tensor_parallel_peer(case: Case, batch: Batch) -> Side:
             loss = F.cross_entropy(decoder(tokens).flatten(0, 1), labels.flatten())
             loss.backward()
         for parameter in decoder.parameters():
-            if parameter.grad.placements != parameter.placements:
+            if isinstance(parameter, DTensor) and parameter.grad.placements != parameter.placements:
                 parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
-        return local(loss.detach()) / RANKS
+        return whole(loss.detach()) / RANKS
 
-    return Side(step, lambda: {name: p.grad.full_tensor() for name, p in decoder.named_parameters()})
+    return Side(step, lambda: {name: whole(gradient) for name, gradient in gradients_of(decoder).items()})
 
 
 def tensor_parallel_plan(sequence: bool) -> dict[str, ParallelStyle]:
@@ -180,7 +190,7 @@ def data_parallel_peer(case: Case, batch: Batch) -> Side:
         loss.backward()
         return loss.detach() / RANKS
 
-    return Side(step, lambda: plain_gradients(decoder))
+    return Side(step, lambda: gradients_of(decoder))
 
 
 def pipeline_peer(case: Case, batch: Batch) -> Side:
@@ -201,7 +211,7 @@ def pipeline_peer(case: Case, batch: Batch) -> Side:
         schedule.step(*([tokens] if first else []), target=labels if last else None, losses=losses, return_outputs=False)
         return torch.stack(losses).sum().detach() if last else torch.zeros(())
 
-    return Side(step, lambda: plain_gradients(decoder))
+    return Side(step, lambda: gradients_of(decoder))
 
 
 PEERS = {
@@ -222,19 +232,19 @@ def initial_shard(shard: shards.Shard) -> Tensor:
     return cut(initial_value(MODEL, shard.name, shard.global_shape, seed=0), shard)
 
 
-def cut(whole: Tensor, shard: shards.Shard) -> Tensor:
-    return whole if shard.dim is None else whole.narrow(shard.dim, shard.start, shard.length)
+def cut(tensor: Tensor, shard: shards.Shard) -> Tensor:
+    return tensor if shard.dim is None else tensor.narrow(shard.dim, shard.start, shard.length)
 
 
-def plain_gradients(module: nn.Module) -> dict[str, Tensor]:
+def gradients_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in module.named_parameters()}
 
 
-def local(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# --- on each rank -------------------------------------------------------------------------------------------------------------
+# --- on each rank -----------------------------------------------------------------------------------------------------
 
 
 def measure(case: Case, repetitions: int) -> tuple[list[float], list[float]]:
@@ -273,7 +283,9 @@ def check_same_work(mine: Side, theirs: Side, engine: Engine) -> None:
 def assert_close(what: str, got: Tensor, expected: Tensor) -> None:
     distance = float((got - expected).norm() / expected.norm())
     if not distance <= TOLERANCE:
-        raise AssertionError(f"{what} differs by {distance:.1e}, more than {TOLERANCE:.0e}: the two sides do not do the same work")
+        raise AssertionError(
+            f"{what} differs by {distance:.1e}, more than {TOLERANCE:.0e}: the two sides do not do the same work"
+        )
 
 
 def timed(step: Callable[[], Tensor]) -> float:
@@ -283,7 +295,7 @@ def timed(step: Callable[[], Tensor]) -> float:
     return time.perf_counter() - start
 
 
-# --- report -------------------------------------------------------------------------------------------------------------------
+# --- report -----------------------------------------------------------------------------------------------------------
 
 
 def run_case(pool: RankPool, case: Case, repetitions: int) -> Result:
@@ -324,14 +336,18 @@ def show(results: list[Result], about: dict[str, str | int]) -> None:
         table.add_row(case.name, case.peer, *milliseconds, ratio, spread, f"{case.target:.2f}")
     console = Console(width=120)
     console.print(table)
-    console.print(f"{MODEL.layers} layers, hidden {MODEL.hidden}, {MODEL.heads} heads over {MODEL.kv_heads} key-value heads,", end=" ")
-    console.print(f"ffn {MODEL.ffn}, vocabulary {MODEL.vocab}; step = forward, backward and gradient reduction")
+    console.print(
+        f"{MODEL.layers} layers, hidden {MODEL.hidden}, {MODEL.heads} heads, {MODEL.kv_heads} key-value heads, "
+        f"ffn {MODEL.ffn}, vocabulary {MODEL.vocab}; a step is forward, backward and gradient reduction"
+    )
     console.print("; ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
 
 
 def write(path: Path, results: list[Result], about: dict[str, str | int]) -> None:
     rows = [asdict(result) | {"ratio": result.ratio, "quartiles": result.quartiles} for result in results]
-    path.write_text(json.dumps({"environment": about, "model": asdict(MODEL), "seq": SEQ, "results": rows}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"environment": about, "model": asdict(MODEL), "seq": SEQ, "results": rows}, indent=1) + "\n"
+    )
 
 
 def main(arguments: list[str]) -> None:

@@ -13,7 +13,8 @@ _LLAMA = {
 
 UNTIED = Model(name="untied", **_LLAMA)
 TIED = Model(name="tied", **{**_LLAMA, "tied": True})
-FEW_KV_HEADS = Model(name="few-kv-heads", **{**_LLAMA, "kv_heads": 1, "qkv_bias": True, "qk_norm": True, "rope": Rope(theta=100.0)})
+FEW_KV_HEADS = Model(name="few-kv-heads", **{**_LLAMA, "kv_heads": 1, "qkv_bias": True, "rope": Rope(theta=100.0)})
+QK_NORM = Model(name="qk-norm", **{**_LLAMA, "kv_heads": 1, "qk_norm": True, "tied": True})
 GPT2 = Model(
     name="gpt2-like",
     **{
@@ -21,31 +22,31 @@ GPT2 = Model(
         "qkv_bias": True, "out_bias": True, "mlp_bias": True, "tied": True, "windows": (None, 8, None, 8),
     },
 )  # fmt: skip
-MODELS = {model.name: model for model in (UNTIED, TIED, FEW_KV_HEADS, GPT2)}
-"""The vocabulary of 101 divides by nothing; `few-kv-heads` has one key-value head for any tp."""
+MODELS = {model.name: model for model in (UNTIED, TIED, FEW_KV_HEADS, QK_NORM, GPT2)}
+"""The vocabulary of 101 divides by nothing; `few-kv-heads` and `qk-norm` have one key-value head for any tp."""
 
 LAYOUTS = (
-    "dp2 mb1",
-    "tp2 mb1",
-    "tp2:sp mb1",
-    "pp2 mb1",
-    "dp2 tp2 mb1",
+    "dp2 mb2",
+    "tp2 mb4",
+    "tp2:sp mb4",
+    "pp2 mb2",
+    "dp2 tp2 mb2",
     "tp2 pp2 mb2",
-    "dp2 pp2 mb2",
-    "dp2 tp2:sp pp2 mb1",
-    "dp2:zero1 tp2 mb1",
+    "dp2 pp2 mb1",
+    "dp2 tp2:sp pp2 mb2",
+    "dp2:zero1 tp2 mb2",
 )
-"""The layouts of the first release's promise."""
+"""The layouts of the first release's promise, each with two micro-batches or more."""
 
 MORE_LAYOUTS = (
     "mb1",
-    "tp4 mb2",
-    "tp4:sp mb2",
+    "tp4 mb4",
+    "tp4:sp mb4",
     "pp4 mb1",
-    "pp2:gpipe mb1",
+    "pp2:gpipe mb2",
     "dp4:zero1 mb1",
     "dp2:zero1 pp2 mb1",
-    "dp2:zero1 tp2:sp mb1 ac:full",
-    "tp2 pp2 mb2 ac:full",
-    "dp2 tp2 pp2 mb1 order:pp-dp-cp-tp",
+    "dp2:zero1 tp2:sp mb2 ac:full",
+    "tp2 pp2 mb4 ac:full",
+    "dp2 tp2 pp2 mb2 order:pp-dp-cp-tp",
 )

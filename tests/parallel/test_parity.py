@@ -25,8 +25,8 @@ def one_process(model: Model, precision: str) -> tuple[list[float], dict[str, to
 
 
 @lru_cache
-def one_process_losses(model: Model, precision: str) -> list[tuple[float, float]]:
-    return run_distributed(workers.losses, 1, model, WORKLOAD, parse_layout(f"mb1 {precision}"), STEPS)[0]
+def one_process_losses(model: Model, precision: str) -> list[float]:
+    return run_distributed(workers.losses, 1, model, WORKLOAD, parse_layout(f"mb4 {precision}"), STEPS)[0]
 
 
 def scale_of(name: str, reference: dict[str, torch.Tensor], model: Model) -> float:
@@ -57,13 +57,23 @@ def test_gradients_of_step_1(name: str, layout: str, precision: str) -> None:
     assert seen == {p.name for p in parameters(model)}
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+# Both precisions and all three fixtures meet every layout in `make parity`; here each layout meets two of the pairs.
+@pytest.mark.parametrize(("name", "precision"), [("few-kv-heads", "fp32"), ("tied", "fp64")])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["untied", "tied", "few-kv-heads"])
 def test_loss_after_50_steps(name: str, layout: str, precision: str) -> None:
+    check_losses(name, layout, precision)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("name", "precision"), [("few-kv-heads", "fp64"), ("tied", "fp32"), ("untied", "fp32"), ("untied", "fp64")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_after_50_steps_all(name: str, layout: str, precision: str) -> None:
+    check_losses(name, layout, precision)
+
+
+def check_losses(name: str, layout: str, precision: str) -> None:
     parsed = parse_layout(f"{layout} {precision}")
     reference = one_process_losses(MODELS[name], precision)
-    assert reference[-1][0] < 0.8 * reference[0][0], "the reference must learn, or equal losses say nothing"
+    assert reference[-1] < 0.9 * reference[0], "the reference must learn, or equal losses say nothing"
     for rank in run_distributed(workers.losses, parsed.world, MODELS[name], WORKLOAD, parsed, STEPS):
-        assert [loss for loss, _ in rank] == pytest.approx([loss for loss, _ in reference], rel=TOLERANCE[precision])
-        assert [norm for _, norm in rank] == pytest.approx([norm for _, norm in reference], rel=TOLERANCE[precision] * 100)
+        assert rank == pytest.approx(reference, rel=TOLERANCE[precision])

@@ -29,9 +29,10 @@ class Kernels:
         return max(op.flops / self._matmul_rate(op.flops), moved / self.memory_bandwidth)
 
     def attention(self, op: Attention) -> float:
-        measured = self._measured_attention
+        measured = self._measured_attention[op.backward]
         if measured:
-            return op.flops / interpolate([(f, r[op.backward]) for f, r in measured], op.flops)
+            forward = op.flops * (2 / 5 if op.backward else 1)
+            return op.flops / self._shared(measured, forward)
         return op.flops / (load_kernel_constants().attention_share * self._matmul_rate(op.flops))
 
     def elementwise(self, op: Elementwise) -> float:
@@ -48,8 +49,9 @@ class Kernels:
     @cached_property
     def memory_bandwidth(self) -> float:
         measured = self.cluster.measured
-        if measured and measured.memory_bandwidth:
-            return measured.memory_bandwidth * (self._share if self.active == 1 else 1.0)
+        if measured and measured.memory_bandwidth and self.active > 1:
+            alone = self.cluster.accelerator.memory_bandwidth
+            return min(alone, measured.memory_bandwidth * self.cluster.node.accelerators / self.active)
         accelerator = self.cluster.accelerator
         share = accelerator.memory_share or load_kernel_constants().memory_share
         return accelerator.memory_bandwidth * share / (self._share if self.active > 1 else 1.0)
@@ -71,26 +73,36 @@ class Kernels:
 
     def _matmul_rate(self, flops: float) -> float:
         if self._measured_matmul:
-            return interpolate(self._measured_matmul, flops)
+            return self._shared(self._measured_matmul, flops)
         share = self.cluster.accelerator.matmul_share.get(self.precision, load_kernel_constants().matmul_share)
         return self.peak_flops * share / (self._share if self.active > 1 else 1.0)
 
-    @cached_property
-    def _measured_matmul(self) -> list[tuple[float, float]]:
-        measured = self.cluster.measured
-        points = [p for p in measured.matmul if p.precision == self.precision] if measured else []
-        active = _nearest([p.active for p in points], self.active)
-        return sorted((2.0 * p.m * p.n * p.k, p.flops_per_s) for p in points if p.active == active)
+    def _shared(self, by_active: dict[int, list[tuple[float, float]]], flops: float) -> float:
+        """The rate with `active` ranks at work, from those measured: a rank is never quicker than alone, and together they are
+        no quicker than the most ranks that were measured."""
+        if self.active in by_active:
+            return interpolate(by_active[self.active], flops)
+        fewest, most = min(by_active), max(by_active)
+        return min(interpolate(by_active[fewest], flops), interpolate(by_active[most], flops) * most / self.active)
 
     @cached_property
-    def _measured_attention(self) -> list[tuple[float, dict[bool, float]]]:
-        measured = self.cluster.measured
-        points = [p for p in measured.attention if p.precision == self.precision] if measured else []
-        active = _nearest([p.active for p in points], self.active)
-        return sorted(
-            ((p.flops, {False: p.forward_flops_per_s, True: p.backward_flops_per_s}) for p in points if p.active == active),
-            key=lambda point: point[0],
-        )
+    def _measured_matmul(self) -> dict[int, list[tuple[float, float]]]:
+        """Active ranks to sorted (FLOPs, rate)."""
+        out: dict[int, list[tuple[float, float]]] = {}
+        for p in self.cluster.measured.matmul if self.cluster.measured else ():
+            if p.precision == self.precision:
+                out.setdefault(p.active, []).append((2.0 * p.m * p.n * p.k, p.flops_per_s))
+        return {active: sorted(points) for active, points in out.items()}
+
+    @cached_property
+    def _measured_attention(self) -> dict[bool, dict[int, list[tuple[float, float]]]]:
+        """Backward or not, to active ranks, to sorted (forward FLOPs, rate)."""
+        out: dict[bool, dict[int, list[tuple[float, float]]]] = {False: {}, True: {}}
+        for p in self.cluster.measured.attention if self.cluster.measured else ():
+            if p.precision == self.precision:
+                out[False].setdefault(p.active, []).append((p.flops, p.forward_flops_per_s))
+                out[True].setdefault(p.active, []).append((p.flops, p.backward_flops_per_s))
+        return {backward: {active: sorted(points) for active, points in by.items()} for backward, by in out.items()}
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
@@ -102,7 +114,3 @@ def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
             weight = math.log(x / x0) / math.log(x1 / x0) if x1 > x0 else 1.0
             return math.exp(math.log(y0) * (1 - weight) + math.log(y1) * weight)
     return points[-1][1]
-
-
-def _nearest(values: Sequence[int], wanted: int) -> int:
-    return min(values, key=lambda v: abs(v - wanted), default=wanted)

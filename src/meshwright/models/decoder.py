@@ -102,7 +102,8 @@ class Attention(nn.Module):
         self.window = window
         self.rotary = rotary
         q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-        self.qkv = SharedInput({name: nn.Linear(model.hidden, size, bias=model.qkv_bias) for name, size in zip("qkv", (q, kv, kv), strict=True)})
+        sizes = {"q": q, "k": kv, "v": kv}
+        self.qkv = SharedInput({name: nn.Linear(model.hidden, size, bias=model.qkv_bias) for name, size in sizes.items()})
         self.q_norm = nn.RMSNorm(model.head_dim, eps=model.norm_eps) if model.qk_norm else None
         self.k_norm = nn.RMSNorm(model.head_dim, eps=model.norm_eps) if model.qk_norm else None
         self.out = nn.Linear(q, model.hidden, bias=model.out_bias)
@@ -145,7 +146,7 @@ class Rotary(nn.Module):
     def __init__(self, rope: Rope, head_dim: int):
         super().__init__()
         self.rope, self.head_dim = rope, head_dim
-        self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def forward(self, x_BHLC: Tensor) -> Tensor:
         cos, sin = self.table(x_BHLC.shape[2], x_BHLC.device, x_BHLC.dtype)
@@ -153,14 +154,16 @@ class Rotary(nn.Module):
         return x_BHLC * cos + torch.cat((-right, left), dim=-1) * sin
 
     def table(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [length, head_dim], computed once in fp32 (fp64 for fp64 models)."""
-        key = (length, device, dtype)
-        if key not in self._tables:
-            exact = torch.promote_types(dtype, torch.float32)
-            angles = torch.outer(torch.arange(length, device=device, dtype=exact), self.frequencies(device).to(exact))
-            angles = torch.cat((angles, angles), dim=-1)
-            self._tables[key] = (angles.cos().to(dtype), angles.sin().to(dtype))
-        return self._tables[key]
+        """cos and sin, each [length, head_dim], computed in fp32 (fp64 for fp64 models) and kept for the longest length."""
+        key = (device, dtype)
+        if key not in self._tables or self._tables[key][0].shape[0] < length:
+            with torch.inference_mode(False):  # a later backward would refuse tables made in inference mode
+                exact = torch.promote_types(dtype, torch.float32)
+                angles = torch.outer(torch.arange(length, device=device, dtype=exact), self.frequencies(device).to(exact))
+                angles = torch.cat((angles, angles), dim=-1)
+                self._tables[key] = (angles.cos().to(dtype), angles.sin().to(dtype))
+        cos, sin = self._tables[key]
+        return cos[:length], sin[:length]
 
     def frequencies(self, device: torch.device) -> Tensor:
         """Radians per position, [head_dim / 2]; long wavelengths stretched by the Llama-3 rule where it is set."""
@@ -182,7 +185,8 @@ def make_norm(model: Model) -> nn.Module:
 def cross_entropy(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
     """Sum over tokens, in fp32 or better; label -100 is ignored."""
     logits = logits_BLV.flatten(0, -2)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels_BL.flatten(), reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels_BL.flatten(), reduction="sum")
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -6,17 +6,21 @@ in one matrix; everything else is a rename.
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from meshwright.spec.errors import UserError
 from meshwright.spec.model import Model
+from meshwright.spec.parameters import parameters
 
 _LLAMA = {
     r"embedding\.tokens\.weight": r"model.embed_tokens.weight",
@@ -55,6 +59,8 @@ _GPT2 = {
     r"head\.weight": r"lm_head.weight",
 }
 _FAMILIES = {"gpt2": _GPT2, "opt": _OPT} | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA)
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Narrower ones have scales in tensors of their own, and are not the weights without them."""
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
 
@@ -69,36 +75,46 @@ def their_name(model: Model, name: str) -> str:
 class SafetensorsReader:
     """Reads our parameters from a directory (or file) of Hugging Face safetensors, one tensor at a time.
 
-    Raises UserError for a missing directory, file or tensor.
+    Raises UserError for a family without a table, and for a file or a tensor that is missing, damaged, quantised or of
+    another shape than the model's.
     """
 
     def __init__(self, model: Model, path: Path):
+        _table(model)
         self.model, self.path = model, path
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"no .safetensors file in {path}")
+        self._shapes = {parameter.name: parameter.shape for parameter in parameters(model)}
         self._where: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
+        for file in _weight_files(path):
+            with _opened(file) as opened:
                 self._where.update(dict.fromkeys(opened.keys(), file))
 
     def read(self, name: str) -> Tensor:
         """The whole parameter under our name, in the checkpoint's dtype."""
+        if name not in self._shapes:
+            raise UserError(f"{self.model.name} has no parameter {name}")
         key, _, third = their_name(self.model, name).partition("#")
         key = self._present(key)
-        with safe_open(self._where[key], framework="pt") as opened:
+        with _opened(self._where[key]) as opened:
             tensor = opened.get_tensor(key)
+        if tensor.dtype not in _DTYPES:
+            legal = ", ".join(map(str, _DTYPES))
+            raise UserError(f"{self.path}: {key} is stored as {tensor.dtype}, which is not built yet; legal: {legal}")
         if _CONV1D.search(key):
             tensor = tensor.t()
         if third:
             tensor = tensor.chunk(3)["qkv".index(third)]
+        # Whoever cuts the tensor for a rank, or copies it with broadcasting, would not notice.
+        if tensor.shape != self._shapes[name]:
+            shape, expected = tuple(tensor.shape), self._shapes[name]
+            raise UserError(f"{self.path}: {key} gives {name} the shape {shape}, {self.model.name} has {expected}")
         return tensor.contiguous()
 
     def _present(self, key: str) -> str:
         for candidate in (key, key.removeprefix("transformer."), key.removeprefix("model.")):
             if candidate in self._where:
                 return candidate
-        raise UserError(f"{self.path}: no tensor {key} (it has {len(self._where)}, such as {next(iter(self._where))})")
+        held = f"{len(self._where)}, such as {next(iter(self._where))}" if self._where else "none"
+        raise UserError(f"{self.path}: no tensor {key} (it has {held})")
 
 
 def to_their_state(model: Model, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -116,13 +132,68 @@ def to_their_state(model: Model, state: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def save_safetensors(model: Model, names: Iterable[str], read: Callable[[str], Tensor], directory: Path) -> Path:
-    """Write `model.safetensors` with Hugging Face names; `read` gives each whole parameter under our name."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write `model.safetensors` with Hugging Face names; `read` gives each whole parameter under our name.
+
+    After a crash the file is the old one or the new one, never a part. Raises UserError if it cannot be written.
+    """
     state = to_their_state(model, {name: read(name) for name in names})
     partial, path = directory / ".model.safetensors.partial", directory / "model.safetensors"
-    save_file(state, partial, metadata={"format": "pt"})
-    partial.replace(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(state, partial, metadata={"format": "pt"})
+            _fsync(partial)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _fsync(directory)  # the rename itself lives in the directory
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     return path
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """What transformers would read: the whole model in one file, else the shards of the index, else any safetensors."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if path.is_file() or whole.is_file():
+        return [path if path.is_file() else whole]
+    files = _shards(index) if index.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"no .safetensors file in {path}")
+    return files
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted({Path(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: not an index, an object whose weight_map names each tensor's file") from None
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index} names {name}, which is missing")
+    return [index.parent / name for name in names]
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a safetensors file, or a part of one: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _table(model: Model) -> dict[str, str]:

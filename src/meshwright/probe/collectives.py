@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,10 +12,11 @@ import torch.distributed as dist
 from meshwright.parallel.collectives import Group
 from meshwright.parallel.ledger import Ledger
 from meshwright.probe.window import over_ranks, rank_device, rounded, seconds_of, together
-from meshwright.spec.cluster import CollectivePoint
+from meshwright.spec.cluster import CollectiveOp, CollectivePoint
 
+Operation = CollectiveOp | Literal["p2p"]
 _BATCH_SECONDS = 2e-3
-"""Short calls are timed by the batch: ranks leave a barrier up to some 100 us apart, which one call alone would be charged for."""
+"""Short calls are timed by the batch: ranks leave a barrier some 100 us apart, which a single call would be charged for."""
 _REPETITIONS = (3, 100)
 """Fewest and most timings of one point."""
 
@@ -24,7 +26,7 @@ def group_sizes(ranks: int) -> list[int]:
     return [*(2**i for i in range(1, ranks.bit_length()) if 2**i < ranks), *([ranks] if ranks > 1 else [])]
 
 
-def operations(size: int) -> tuple[str, ...]:
+def operations(size: int) -> tuple[Operation, ...]:
     """What is measured among `size` ranks: sends join pairs only."""
     return ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", *(("p2p",) if size == 2 else ()))
 
@@ -39,8 +41,8 @@ def measure_collectives(size: int, byte_sizes: Sequence[int], seconds: float) ->
     for op in operations(size):
         for nbytes in byte_sizes:
             numel = max(1, nbytes // 4 // size) * size  # whole fp32 elements on every rank
-            call, per_call = (lambda: None, 1) if group is None else _operation(op, group, numel)
-            took = _median_seconds(call, seconds) / per_call
+            call = (lambda: None) if group is None else _operation(op, group, numel)
+            took = _median_seconds(call, seconds) / (2 if op == "p2p" else 1)
             points.append(CollectivePoint(op=op, ranks=size, bytes=4 * numel, seconds=rounded(took)))
     return tuple(points)
 
@@ -56,29 +58,26 @@ def _own_group(size: int) -> Group | None:
     return own
 
 
-def _operation(op: str, group: Group, numel: int) -> tuple[Callable[[], object], int]:
-    """(a call, how many operations it does) on fp32 buffers of `numel` elements, zeros so that sums stay finite."""
+def _operation(op: Operation, group: Group, numel: int) -> Callable[[], object]:
+    """A call of it (p2p: of two) on fp32 buffers of `numel` elements, zeros so that sums stay finite."""
     device = rank_device()
-    whole = torch.zeros(numel, device=device)
-    piece = torch.zeros(numel // group.size, device=device)
-    calls: dict[str, Callable[[], object]] = {
+    whole, received = (torch.zeros(numel, device=device) for _ in range(2))
+    piece = whole.new_zeros(numel // group.size)
+    calls: dict[Operation, Callable[[], object]] = {
         "all_reduce": lambda: group.all_reduce(whole),
         "all_gather": lambda: group.all_gather(whole, piece),
         "reduce_scatter": lambda: group.reduce_scatter(piece, whole),
+        "all_to_all": lambda: dist.all_to_all_single(received, whole, group=group.handle),
+        "p2p": lambda: _there_and_back(group, whole),
     }
-    if op in calls:
-        return calls[op], 1
-    if op == "p2p":
-        return lambda: _there_and_back(group, whole), 2
-    received = torch.empty_like(whole)
-    return lambda: dist.all_to_all_single(received, whole, group=group.handle), 1
+    return calls[op]
 
 
 def _there_and_back(group: Group, message: torch.Tensor) -> None:
     """Half of it is one message with its latency; one way only, senders would run ahead of the receivers."""
-    turns = ([(message, 1 - group.index)], [])
-    for sends, receives in (turns, turns[::-1]) if group.index == 0 else (turns[::-1], turns):
-        for work in group.exchange(sends, receives):
+    peer = [(message, 1 - group.index)]
+    for sends in (group.index == 0, group.index == 1):
+        for work in group.exchange(peer, []) if sends else group.exchange([], peer):
             work.wait()
 
 

@@ -1,15 +1,17 @@
 """How fast ranks compute: matrix products, causal attention, and work bound by memory. These functions run on the ranks.
 
-Every rank of the process group measures at once, so its size is the activity level of the points. All ranks return the same.
+Every rank of the process group measures at once, so its size is the points' activity. All ranks return the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from meshwright.cost.program import Attention
 from meshwright.probe.window import call_rate, rank_device, rounded
@@ -20,14 +22,16 @@ HEAD_DIM = 64
 
 
 def measure_matmul(precision: str, shapes: Sequence[tuple[int, int, int]], seconds: float) -> tuple[MatmulPoint, ...]:
-    """FLOP/s of a linear at each (m tokens, n, k), `seconds` a shape. Operands stay in cache where they fit, as in a step."""
+    """FLOP/s of a linear at each (m tokens, n, k), `seconds` a shape. Operands that fit stay in cache, as in a step."""
     device, dtype, active = rank_device(), DTYPES[precision], dist.get_world_size()
     points = []
     for m, n, k in shapes:
         x = torch.randn(m, k, device=device, dtype=dtype)
         weight = torch.randn(n, k, device=device, dtype=dtype)
-        rate = call_rate(lambda x=x, weight=weight: F.linear(x, weight), seconds)
-        points.append(MatmulPoint(precision=precision, m=m, n=n, k=k, active=active, flops_per_s=rounded(2.0 * m * n * k * rate)))
+        rate = call_rate(partial(F.linear, x, weight), seconds)
+        points.append(
+            MatmulPoint(precision=precision, m=m, n=n, k=k, active=active, flops_per_s=rounded(2.0 * m * n * k * rate))
+        )
     return tuple(points)
 
 
@@ -41,16 +45,16 @@ def measure_attention(precision: str, lengths: Sequence[int], heads: int, second
     for length in lengths:
         shape = (1, length, heads, HEAD_DIM)
         q, k, v, grad = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(4))
-        qkv = [x.requires_grad_() for x in (q, k, v)]
-
-        def forward(qkv: list[torch.Tensor] = qkv) -> torch.Tensor:
-            return F.scaled_dot_product_attention(*qkv, is_causal=True)
-
-        def backward(y: torch.Tensor = forward(), qkv: list[torch.Tensor] = qkv, grad: torch.Tensor = grad) -> object:  # noqa: B008
-            return torch.autograd.grad(y, qkv, grad, retain_graph=True)
-
-        points.append(_attention_point(precision, length, heads, call_rate(forward, seconds / 2), call_rate(backward, seconds / 2)))
+        rates = _attention_rates((q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), grad, seconds / 2)
+        points.append(_attention_point(precision, length, heads, *rates))
     return tuple(points)
+
+
+def _attention_rates(qkv: tuple[Tensor, Tensor, Tensor], grad: Tensor, seconds: float) -> tuple[float, float]:
+    """Calls per second forward and backward, `seconds` a direction."""
+    y = F.scaled_dot_product_attention(*qkv, is_causal=True)
+    forwards = call_rate(lambda: F.scaled_dot_product_attention(*qkv, is_causal=True), seconds)
+    return forwards, call_rate(lambda: torch.autograd.grad(y, qkv, grad, retain_graph=True), seconds)
 
 
 def _attention_point(precision: str, length: int, heads: int, forwards: float, backwards: float) -> AttentionPoint:
@@ -75,7 +79,7 @@ def measure_memory(nbytes: int, seconds: float) -> float:
     x, y = (torch.randn(nbytes // 4 // hidden, hidden, device=device) for _ in range(2))
     weight = torch.ones(hidden, device=device)
 
-    def layer() -> tuple[torch.Tensor, ...]:
+    def layer() -> tuple[Tensor, ...]:
         opened = F.silu(x)  # 2 arrays read or written
         return x + y, F.rms_norm(x, (hidden,), weight), opened, opened * y  # 3 + 2 + 3
 

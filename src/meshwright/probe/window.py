@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-WINDOWS = 3
-"""Every rate is the median of so many windows, which starts of other processes do not move."""
+_WINDOWS = 3
+"""Every rate is the median of so many windows, so that one disturbance does not move it."""
+_CHUNKS = 10
+"""How often in a window a GPU is waited for: often enough to end in time, too seldom to idle between."""
 
 
 def rank_device() -> torch.device:
@@ -30,7 +32,7 @@ def over_ranks(values: Sequence[float], op: Any) -> list[float]:
     device = rank_device()
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=op)
-    return tensor.tolist()  # type: ignore[no-any-return]
+    return tensor.tolist()
 
 
 def together() -> None:
@@ -49,22 +51,21 @@ def seconds_of(call: Callable[[], object], calls: int = 1) -> float:
 
 
 def call_rate(call: Callable[[], object], seconds: float) -> float:
-    """Calls per second of one rank while all ranks of the process group call for `seconds`: mean over ranks, median over windows.
+    """Calls per second of one rank while all ranks of the group call for `seconds`: mean over ranks, median over windows.
 
     All start at once and count what they finish in the same time, so that ranks that share a core are charged for waiting.
     """
-    window = seconds / WINDOWS
-    seconds_of(call)  # the first call compiles, allocates and faults pages in
-    # A GPU is waited for a few times a window: often enough to end in time, too seldom to idle between.
-    chunk = max(1, int(window / 10 / seconds_of(call)))
+    window = seconds / _WINDOWS
+    chunk = max(1, int(window / _CHUNKS / seconds_of(call)))  # the first call also compiles, allocates and faults pages in
     rates = []
-    for _ in range(WINDOWS):
+    for _ in range(_WINDOWS):
         together()
         calls, elapsed = 0, 0.0
         while elapsed < window or not calls:
             elapsed += seconds_of(call, chunk)
             calls += chunk
         rates.append(calls / elapsed)
+        chunk = max(1, calls // _CHUNKS)
     summed = over_ranks(rates, dist.ReduceOp.SUM)
     return statistics.median(summed) / dist.get_world_size()
 

@@ -1,39 +1,21 @@
-"""A `Model` from a Hugging Face `config.json`, from a directory that holds one, or from the catalogue.
-
-One small function per family. An absent key gets the default of that family's configuration class in transformers 5,
-except the sizes that every published config states (hidden size, layers, heads, vocabulary, widths, experts): a default
-there would price another model in silence. What a `Model` cannot describe is refused, never dropped.
-"""
+"""A `Model` from a Hugging Face `config.json`, from a directory that holds one, or from the catalogue."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from meshwright.spec.errors import UserError, choices
-from meshwright.spec.model import Activation, Experts, LatentAttention, Model, Rope
-
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-ROPE_RULES = ("default", "llama3", "linear", "dynamic", "yarn", "longrope")
-"""None of them changes a shape. Only the first two are described in full: see `Rope.scaling`."""
+from meshwright.spec.families import FAMILIES
+from meshwright.spec.keys import Keys
+from meshwright.spec.model import Model
 
 
 def load_model(ref: str) -> Model:
@@ -64,8 +46,8 @@ def read_config(config: Mapping[str, Any], name: str, source: str) -> Model:
 
     Raises UserError for an unknown architecture, a missing or mistyped key, and anything a Model cannot describe.
     """
-    family = _family(_Keys(config, source))
-    keys = _Keys(config, source, FAMILIES[family].aliases)
+    family = _family(Keys(config, source))
+    keys = Keys(config, source, FAMILIES[family].aliases)
     model = replace(FAMILIES[family].read(keys), name=name, family=family)
     if model.heads % model.kv_heads:
         raise keys.error(f"num_attention_heads {model.heads} is not a multiple of num_key_value_heads {model.kv_heads}")
@@ -74,7 +56,7 @@ def read_config(config: Mapping[str, Any], name: str, source: str) -> Model:
     return model
 
 
-def _family(keys: _Keys) -> str:
+def _family(keys: Keys) -> str:
     """By `model_type`, else by `architectures`: some models only rename another family (Kimi K2 is a DeepSeek-V3)."""
     model_type, architectures = keys.text("model_type", ""), keys.several("architectures", str)
     if model_type in FAMILIES:
@@ -108,328 +90,3 @@ def _catalogue() -> dict[str, Any]:
     # The C loader is several times faster, but PyYAML may be built without it.
     entries: dict[str, Any] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return entries
-
-
-@dataclass(frozen=True, slots=True)
-class _Keys:
-    """Typed access to a config by the names most families use; `aliases` holds a family's own.
-
-    A null counts as absent, except in `optional`.
-    """
-
-    config: Mapping[str, Any]
-    source: str
-    aliases: Mapping[str, str] = field(default_factory=dict)
-
-    def error(self, message: str) -> UserError:
-        return UserError(f"{self.source}: {message}")
-
-    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
-        what = f"an integer of at least {minimum}"
-        value: int = self._get(name, int, what, default)
-        if value < minimum:
-            raise self.error(f"{self._own(name)} must be {what}, got {value}")
-        return value
-
-    def optional(self, name: str, default: int | None, minimum: int = 1) -> int | None:
-        """An integer for which null says something: no window, no compression."""
-        own = self._own(name)
-        if own not in self.config:
-            return default
-        return None if self.config[own] is None else self.integer(name, minimum=minimum)
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = float(self._get(name, (int, float), "a positive number", default))
-        if not 0 < value < inf:  # JSON as Python reads it has NaN and Infinity
-            raise self.error(f"{self._own(name)} must be a positive number, got {value}")
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        return bool(self._get(name, bool, "true or false", default))
-
-    def text(self, name: str, default: str) -> str:
-        return str(self._get(name, str, "a string", default))
-
-    def several(self, name: str, kind: type) -> list[Any]:
-        """A list; an empty one if it is absent."""
-        value: list[Any] = self._get(name, list, f"a list of {kind.__name__}", [])
-        if not all(isinstance(item, kind) for item in value):
-            raise self.error(f"{self._own(name)} must be a list of {kind.__name__}, got {value!r}")
-        return value
-
-    def within(self, name: str) -> _Keys:
-        """The keys of a nested object; none if it is absent."""
-        return _Keys(self._get(name, dict, "an object", {}), f"{self.source}: {name}")
-
-    def require(self, name: str, legal: object, why: str) -> None:
-        """Refuse what a Model cannot describe. Absent is legal: no family's default needs refusing."""
-        value = self.config.get(name)
-        if value is not None and value != legal:
-            raise self.error(f"{name} {json.dumps(value)} is not supported: {why}")
-
-    def _own(self, name: str) -> str:
-        """The family's own name, unless the file has only the common one: transformers reads both."""
-        own = self.aliases.get(name, name)
-        return name if own not in self.config and name in self.config else own
-
-    def _get(self, name: str, kind: type | tuple[type, ...], what: str, default: Any) -> Any:
-        own = self._own(name)
-        value = self.config.get(own)
-        if value is None:
-            if default is None:
-                raise self.error(f"missing key {own}")
-            return default
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.error(f"{own} must be {what}, got {value!r}")
-        return value
-
-
-def _decoder(
-    keys: _Keys,
-    *,
-    max_positions: int,
-    ffn: int | None = None,
-    kv_heads: int | None = None,
-    head_dim: int | None = None,
-    theta: float = 10_000.0,
-    eps: float = 1e-6,
-    activation: str = "silu",
-    tied: bool = False,
-) -> Model:
-    """What every family states; the arguments are a family's defaults. RMSNorm, gated MLP, rotary positions."""
-    hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
-    head_dim = keys.optional("head_dim", head_dim)
-    if head_dim is None and hidden % heads:
-        raise keys.error(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    activation = keys.text("hidden_act", activation)
-    if activation not in ACTIVATIONS:
-        raise keys.error(str(choices(activation, ACTIVATIONS, "activation")))
-    return Model(
-        name="",
-        family="",
-        source=keys.source,
-        layers=keys.integer("num_hidden_layers"),
-        hidden=hidden,
-        ffn=keys.integer("intermediate_size", ffn),
-        vocab=keys.integer("vocab_size"),
-        heads=heads,
-        kv_heads=keys.optional("num_key_value_heads", kv_heads) or heads,
-        head_dim=head_dim or hidden // heads,
-        max_positions=keys.integer("max_position_embeddings", max_positions),
-        norm_eps=keys.number("rms_norm_eps", eps),
-        activation=ACTIVATIONS[activation],
-        rope=_rope(keys, theta, max_positions),
-        tied=keys.flag("tie_word_embeddings", tied),
-    )
-
-
-def _rope(keys: _Keys, theta: float, max_positions: int) -> Rope:
-    """From `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
-    rule = keys.within("rope_scaling")
-    if not rule.config:
-        rule = keys.within("rope_parameters")
-    if any(isinstance(value, dict) for value in rule.config.values()):
-        raise rule.error("a rule for each layer type is not supported: all layers share one")
-    for part in (keys, rule):
-        part.require("partial_rotary_factor", 1.0, "all dims of a head are rotated")
-    kind = rule.text("rope_type", rule.text("type", "default"))
-    if kind not in ROPE_RULES:
-        raise rule.error(str(choices(kind, ROPE_RULES, "rope_type")))
-    theta = rule.number("rope_theta", keys.number("rope_theta", theta))
-    if kind != "llama3":
-        return Rope(theta=theta, scaling=None if kind == "default" else kind)
-    factors = rule.number("factor"), rule.number("low_freq_factor"), rule.number("high_freq_factor")
-    longest = keys.integer("max_position_embeddings", max_positions)
-    return Rope(theta=theta, llama3=(*factors, rule.integer("original_max_position_embeddings", longest)))
-
-
-def _windows(
-    keys: _Keys, model: Model, window: int | None, slides: Callable[[int], bool] = lambda layer: True
-) -> tuple[int | None, ...]:
-    """Each layer's window: by `layer_types`, or where `slides` if that is absent. Empty if no layer has one."""
-    kinds = keys.several("layer_types", str)
-    if not kinds:
-        kinds = ["sliding_attention" if slides(layer) else "full_attention" for layer in range(model.layers)]
-    if len(kinds) != model.layers:
-        raise keys.error(f"layer_types names {len(kinds)} layers, num_hidden_layers is {model.layers}")
-    for kind in kinds:
-        if kind not in ("sliding_attention", "full_attention"):
-            raise keys.error(str(choices(kind, ("sliding_attention", "full_attention"), "layer type")))
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return windows if any(windows) else ()
-
-
-def _experts(keys: _Keys, ffn: int | None = None) -> Experts:
-    """The routed experts; `ffn` where the family has no width of its own for them."""
-    ffn = keys.integer("moe_intermediate_size") if ffn is None else ffn
-    return Experts(count=keys.integer("num_experts"), top_k=keys.integer("num_experts_per_tok"), ffn=ffn)
-
-
-def _with_experts(model: Model, experts: Experts, layers: Iterable[int]) -> Model:
-    layers = tuple(layers)
-    return replace(model, experts=experts if layers else None, moe_layers=layers)
-
-
-def _learned(keys: _Keys, *, max_positions: int, activation: str, ffn: int | None = None) -> Model:
-    """What GPT-2 and OPT share: LayerNorm, biases, a plain MLP, learned positions, a tied head."""
-    model = _decoder(keys, max_positions=max_positions, ffn=ffn, eps=1e-5, activation=activation, tied=True)
-    return replace(model, norm="layernorm", gated=False, rope=None, qkv_bias=True, out_bias=True, mlp_bias=True)
-
-
-def _gpt2(keys: _Keys) -> Model:
-    keys.require("add_cross_attention", False, "only decoders without an encoder")
-    keys.require("scale_attn_weights", True, "attention scores are scaled by 1/sqrt(head_dim)")
-    keys.require("scale_attn_by_inverse_layer_idx", False, "every layer scales its attention alike")
-    return _learned(keys, max_positions=1024, activation="gelu_new", ffn=4 * keys.integer("hidden_size"))
-
-
-def _opt(keys: _Keys) -> Model:
-    keys.require("word_embed_proj_dim", keys.integer("hidden_size"), "embeddings are hidden_size wide")
-    keys.require("do_layer_norm_before", True, "only pre-norm blocks")
-    keys.require("_remove_final_layer_norm", False, "a norm precedes the head")
-    keys.require("layer_norm_elementwise_affine", True, "norms have weights")
-    model = _learned(keys, max_positions=2048, activation="relu")
-    bias = keys.flag("enable_bias", True)
-    # The first two rows of OPT's position table are for padding.
-    return replace(model, position_offset=2, qkv_bias=bias, out_bias=bias, mlp_bias=bias)
-
-
-def _llama(keys: _Keys) -> Model:
-    bias = keys.flag("attention_bias", False)
-    model = _decoder(keys, max_positions=2048)
-    return replace(model, qkv_bias=bias, out_bias=bias, mlp_bias=keys.flag("mlp_bias", False))
-
-
-def _mistral(keys: _Keys) -> Model:
-    model = _decoder(keys, max_positions=131_072, kv_heads=8)
-    return replace(model, windows=_windows(keys, model, keys.optional("sliding_window", 4096)))
-
-
-def _mixtral(keys: _Keys) -> Model:
-    model = _decoder(keys, max_positions=131_072, kv_heads=8, theta=1e6, eps=1e-5)
-    model = replace(model, windows=_windows(keys, model, keys.optional("sliding_window", None)))
-    return _with_experts(model, _experts(keys, model.ffn), range(model.layers))
-
-
-def _qwen2(keys: _Keys) -> Model:
-    model = _decoder(keys, max_positions=32_768, kv_heads=32)
-    return replace(model, qkv_bias=True, windows=_qwen_windows(keys, model))
-
-
-def _qwen3(keys: _Keys) -> Model:
-    bias = keys.flag("attention_bias", False)
-    model = _decoder(keys, max_positions=32_768, kv_heads=32, head_dim=128)
-    return replace(model, qk_norm=True, qkv_bias=bias, out_bias=bias, windows=_qwen_windows(keys, model))
-
-
-def _qwen_windows(keys: _Keys, model: Model) -> tuple[int | None, ...]:
-    """Full attention in the first `max_window_layers` layers, despite the name."""
-    window = keys.optional("sliding_window", 4096) if keys.flag("use_sliding_window", False) else None
-    full = keys.integer("max_window_layers", 28, minimum=0)
-    return _windows(keys, model, window, lambda layer: layer >= full)
-
-
-def _qwen3_moe(keys: _Keys) -> Model:
-    bias, dense = keys.flag("attention_bias", False), keys.several("mlp_only_layers", int)
-    step = keys.integer("decoder_sparse_step", 1)
-    model = _decoder(keys, max_positions=32_768, kv_heads=4)
-    model = replace(model, qk_norm=True, qkv_bias=bias, out_bias=bias)
-    if keys.flag("use_sliding_window", False):
-        # Unlike the dense Qwen 3, transformers knows no `max_window_layers` here: every layer slides.
-        model = replace(model, windows=_windows(keys, model, keys.optional("sliding_window", 4096)))
-    experts = replace(_experts(keys), normalized=keys.flag("norm_topk_prob", False))
-    return _with_experts(model, experts, (i for i in range(model.layers) if i not in dense and (i + 1) % step == 0))
-
-
-def _gpt_oss(keys: _Keys) -> Model:
-    keys.require("swiglu_limit", 7.0, "the clamp of the gated activation is fixed")
-    keys.require("swiglu_alpha", 1.702, "the slope of the gated activation is fixed")
-    bias = keys.flag("attention_bias", True)
-    model = _decoder(keys, max_positions=131_072, kv_heads=8, head_dim=64, theta=150_000.0, eps=1e-5)
-    if model.rope and not (keys.within("rope_scaling").config or keys.within("rope_parameters").config):
-        model = replace(model, rope=replace(model.rope, scaling="yarn"))
-    windows = _windows(keys, model, keys.optional("sliding_window", 128), lambda layer: layer % 2 == 0)
-    model = replace(model, activation="swiglu_oai", sinks=True, qkv_bias=bias, out_bias=bias, windows=windows)
-    return _with_experts(model, replace(_experts(keys, model.ffn), bias=True, router_bias=True), range(model.layers))
-
-
-def _deepseek_v2(keys: _Keys) -> Model:
-    method = keys.text("topk_method", "greedy")
-    if method not in ("greedy", "group_limited_greedy"):
-        raise keys.error(str(choices(method, ("greedy", "group_limited_greedy"), "topk_method")))
-    experts = replace(
-        _experts(keys),
-        normalized=keys.flag("norm_topk_prob", False),
-        scale=keys.number("routed_scaling_factor", 1.0),
-        groups=1 if method == "greedy" else keys.integer("n_group"),
-        top_groups=1 if method == "greedy" else keys.integer("topk_group"),
-    )
-    model = _deepseek(keys, max_positions=2048, dense=0, shared=2, experts=experts)
-    return replace(model, mlp_bias=keys.flag("mlp_bias", False))
-
-
-def _deepseek_v3(keys: _Keys) -> Model:
-    experts = replace(
-        _experts(keys),
-        selection_bias=True,
-        score="sigmoid",
-        normalized=keys.flag("norm_topk_prob", True),
-        scale=keys.number("routed_scaling_factor", 2.5),
-        groups=keys.integer("n_group", 8),
-        top_groups=keys.integer("topk_group", 4),
-    )
-    return _deepseek(keys, max_positions=4096, dense=3, shared=1, experts=experts)
-
-
-def _deepseek(keys: _Keys, *, max_positions: int, dense: int, shared: int, experts: Experts) -> Model:
-    """Latent attention, shared experts, the first layers dense (arXiv 2405.04434, section 2)."""
-    keys.require("moe_layer_freq", 1, "every layer after the dense ones has experts")
-    latent = LatentAttention(
-        q_rank=keys.optional("q_lora_rank", 1536),
-        kv_rank=keys.integer("kv_lora_rank", 512),
-        nope_dim=keys.integer("qk_nope_head_dim", 128),
-        rope_dim=keys.integer("qk_rope_head_dim", 64),
-        value_dim=keys.integer("v_head_dim", 128),
-    )
-    head_dim, bias = latent.nope_dim + latent.rope_dim, keys.flag("attention_bias", False)
-    model = _decoder(keys, max_positions=max_positions, head_dim=head_dim)
-    # Each head has its own keys and values once they are decompressed; `head_dim` in a file is only the rotary part.
-    model = replace(model, kv_heads=model.heads, head_dim=head_dim, latent=latent, qkv_bias=bias, out_bias=bias)
-    experts = replace(experts, shared_ffn=experts.ffn * (keys.optional("n_shared_experts", shared, minimum=0) or 0))
-    return _with_experts(model, experts, range(keys.integer("first_k_dense_replace", dense, minimum=0), model.layers))
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    architecture: str
-    read: Callable[[_Keys], Model]
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    """The family's own name of a key, by the name used above."""
-
-
-_GPT2_KEYS = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "intermediate_size": "n_inner",
-    "max_position_embeddings": "n_positions",
-    "rms_norm_eps": "layer_norm_epsilon",
-    "hidden_act": "activation_function",
-}
-_OPT_KEYS = {"intermediate_size": "ffn_dim", "hidden_act": "activation_function"}
-_LOCAL = {"num_experts": "num_local_experts"}
-_ROUTED = {"num_experts": "n_routed_experts"}
-
-FAMILIES = {
-    "gpt2": _Family("GPT2LMHeadModel", _gpt2, _GPT2_KEYS),
-    "opt": _Family("OPTForCausalLM", _opt, _OPT_KEYS),
-    "llama": _Family("LlamaForCausalLM", _llama),
-    "mistral": _Family("MistralForCausalLM", _mistral),
-    "mixtral": _Family("MixtralForCausalLM", _mixtral, _LOCAL),
-    "qwen2": _Family("Qwen2ForCausalLM", _qwen2),
-    "qwen3": _Family("Qwen3ForCausalLM", _qwen3),
-    "qwen3_moe": _Family("Qwen3MoeForCausalLM", _qwen3_moe, _LOCAL),
-    "deepseek_v2": _Family("DeepseekV2ForCausalLM", _deepseek_v2, _ROUTED),
-    "deepseek_v3": _Family("DeepseekV3ForCausalLM", _deepseek_v3, _ROUTED),
-    "gpt_oss": _Family("GptOssForCausalLM", _gpt_oss, _LOCAL),
-}

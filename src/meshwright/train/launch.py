@@ -96,11 +96,10 @@ def _launch_locally(entry: Callable[..., None], world: int, args: tuple[Any, ...
     try:
         elastic_launch(config, _run_rank)(entry, args)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        message = _failure_message(failure.message)
+        rank, exit_code, message = _first_cause(error)
         if message.startswith("UserError: "):
             raise UserError(message.removeprefix("UserError: ")) from None
-        raise RankFailed(f"rank {rank} of {world} failed first (exit code {failure.exitcode}): {message}") from None
+        raise RankFailed(f"rank {rank} of {world} failed first (exit code {exit_code}): {message}") from None
 
 
 @record
@@ -116,6 +115,17 @@ def _run_rank(entry: Callable[..., None], args: tuple[Any, ...]) -> None:
     except BaseException as error:  # Distributed Checkpoint's is one, which the agent would not record
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
     dist.destroy_process_group()
+
+
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Socket closed")
+"""What gloo and NCCL say on ranks whose partner has gone: an effect, never the first cause."""
+
+
+def _first_cause(error: ChildFailedError) -> tuple[int, int, str]:
+    """(rank, exit code, message) of the failure that the others follow from; the agent's clock has whole seconds only."""
+    failures = [(rank, failure, _failure_message(failure.message)) for rank, failure in error.failures.items()]
+    rank, failure, message = min(failures, key=lambda f: (any(lost in f[2] for lost in _LOST_PEER), f[1].timestamp))
+    return rank, failure.exitcode, message
 
 
 def _failure_message(raw: Any) -> str:

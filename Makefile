@@ -1,0 +1,39 @@
+# Everything here sets itself up: `make demo` and `make test` work on a fresh machine with Python 3.11+ and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint parity mutants bench clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python examples/demo.py --out runs/demo
+
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Long sweeps and measurements, outside CI.
+parity: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "parity or not parity" tests/parallel
+
+mutants: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py
+
+bench: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers.py
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,530 @@
+"""What a layout costs, against the closed forms: arithmetic, traffic, memory, and the seconds that follow from them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod, sqrt
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshwright import api
+from meshwright.cost.collectives import WIRE_FACTOR, CollectiveTimes
+from meshwright.cost.estimate import Estimate, Estimator
+from meshwright.cost.flops import model_flops_per_token
+from meshwright.cost.kernels import Kernels, interpolate
+from meshwright.cost.memory import stage_memory, state_bytes
+from meshwright.cost.program import Attention, Collective, Gemm, Op, Piece, Place, Program, Under, layer_piece, rank_program
+from meshwright.cost.traffic import collectives, step_collectives, step_traffic
+from meshwright.planner.search import legal_layouts
+from meshwright.schedule.orders import layout_schedule
+from meshwright.schedule.stages import stage_layers
+from meshwright.spec.catalogue import load_cluster
+from meshwright.spec.cluster import AttentionPoint, Cluster, CollectivePoint, MatmulPoint, Measured
+from meshwright.spec.collectives import load_collective_constants
+from meshwright.spec.errors import UserError
+from meshwright.spec.huggingface import load_model
+from meshwright.spec.layout import Layout
+from meshwright.spec.legality import micro_batches
+from meshwright.spec.model import Model
+from meshwright.spec.notation import parse_layout
+from meshwright.spec.parameters import parameters
+from meshwright.spec.shards import stage_shards
+from meshwright.spec.workload import Workload
+
+WORK = Workload(seq=64, global_batch=16)
+SMALL = Model(
+    name="small", family="llama", layers=8, hidden=48, ffn=96, vocab=96, heads=8, kv_heads=4, head_dim=6, max_positions=64
+)
+TIED = replace(SMALL, name="tied", tied=True)
+GPT2 = replace(
+    SMALL, name="gpt2-like", kv_heads=8, gated=False, rope=None, norm="layernorm", tied=True, qkv_bias=True, out_bias=True, mlp_bias=True,
+    windows=(None, 16) * 4, vocab=101,
+)  # fmt: skip
+LAYOUTS = ("mb1", "dp4 mb2", "tp4 mb2", "tp4:sp mb1", "pp4 mb2", "pp2:gpipe mb4", "dp2:zero1 tp2:sp pp4 mb1", "dp2 tp2 pp2 mb1 order:pp-dp-cp-tp")
+
+
+def programs(model: Model, layout: Layout, work: Workload = WORK) -> Iterator[Program]:
+    """One for each stage and tensor-parallel rank; data-parallel ranks run the same."""
+    for stage in range(layout.pp):
+        for tp_rank in range(layout.tp):
+            yield rank_program(model, layout, work, Place(stage, tp_rank))
+
+
+def work_of(ops: tuple[Op, ...]) -> Iterator[Op]:
+    for op in ops:
+        yield from op.work if isinstance(op, Under) else (op,)
+
+
+def flops(pieces: tuple[tuple[Piece, int], ...], kind: type[Gemm] | type[Attention]) -> float:
+    return sum(
+        repeat * sum(op.flops for op in work_of((*piece.forward, *piece.backward)) if isinstance(op, kind)) for piece, repeat in pieces
+    )
+
+
+def step_flops(model: Model, layout: Layout, kind: type[Gemm] | type[Attention]) -> float:
+    """Of all ranks together."""
+    a_pass = sum(flops(program.pieces, kind) for program in programs(model, layout))
+    return a_pass * layout.dp * micro_batches(layout, WORK)
+
+
+def multiplied(model: Model) -> int:
+    """Elements of the matrices that multiply: all but lookup tables, norms and biases; a tied table is the head too."""
+    matrices = sum(prod(p.shape) for p in parameters(model) if p.decay and not p.name.startswith("embedding."))
+    return matrices + (model.vocab * model.hidden if model.tied else 0)
+
+
+def attention_flops(model: Model) -> float:
+    """Of the whole step under the causal mask: 2 products forward and 5 backward."""
+    pairs = 0
+    for layer in range(model.layers):
+        window = model.window(layer) or WORK.seq
+        pairs += sum(min(i + 1, window) for i in range(WORK.seq))
+    return 7 * 2 * model.heads * model.head_dim * pairs * WORK.global_batch
+
+
+def wire(c: Collective) -> float:
+    """Bytes a rank sends: what a ring puts through each link; a send puts all."""
+    return c.bytes if c.op == "send" else WIRE_FACTOR[c.op] * (c.group_size - 1) / c.group_size * c.bytes
+
+
+# --- arithmetic
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", [SMALL, TIED, GPT2], ids=lambda m: m.name)
+def test_all_ranks_together_do_the_models_arithmetic(model: Model, layout: str) -> None:
+    parsed = parse_layout(layout)
+    assert step_flops(model, parsed, Gemm) == 6 * multiplied(model) * WORK.tokens
+    assert step_flops(model, parsed, Attention) == attention_flops(model)
+
+
+def test_shared_key_value_heads_are_computed_again_by_every_replica() -> None:
+    keys_and_values = sum(prod(p.shape) for p in parameters(SMALL) if p.role == "kv" and p.decay)
+    for layout, replicas in (("tp4", 1), ("tp8", 2)):
+        extra = step_flops(SMALL, parse_layout(layout), Gemm) - 6 * multiplied(SMALL) * WORK.tokens
+        assert extra == 6 * (replicas - 1) * keys_and_values * WORK.tokens
+
+
+@pytest.mark.parametrize("layout", ["mb1", "tp4:sp mb1", "dp2 tp2 pp4 mb2"])
+@pytest.mark.parametrize("model", [SMALL, GPT2], ids=lambda m: m.name)
+def test_recompute_adds_the_forward_of_the_layers_up_to_the_last_product(model: Model, layout: str) -> None:
+    plain, full = parse_layout(layout), parse_layout(f"{layout} ac:full")
+    layers = sum(prod(p.shape) for p in parameters(model) if p.decay and p.layer is not None and ".mlp.down." not in p.name)
+    assert step_flops(model, full, Gemm) - step_flops(model, plain, Gemm) == 2 * layers * WORK.tokens
+    assert step_flops(model, full, Attention) == pytest.approx(9 / 7 * attention_flops(model))
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "gpt2", "llama-3.2-1b", "opt-1.3b"])
+def test_model_flops_are_six_a_multiplying_parameter_and_attention_over_the_square(name: str) -> None:
+    model, seq = load_model(name), 1024
+    attention = 12 * model.layers * model.heads * model.head_dim * seq
+    assert model_flops_per_token(model, seq) == pytest.approx(6 * multiplied(model) + attention, rel=2e-3)  # norms and biases
+    assert model_flops_per_token(model, seq) >= 6 * multiplied(model) + attention
+
+
+def test_model_flops_of_gpt3_by_hand() -> None:
+    """6 x (96 layers of 12 h^2, and the head) + 12 x layers x h x seq."""
+    h = 12288
+    assert model_flops_per_token(load_model("gpt3-175b"), 2048) == pytest.approx(6 * (96 * 12 * h * h + 50257 * h) + 12 * 96 * h * 2048, rel=1e-3)
+
+
+# --- traffic, against section 2.5 of the fabric notes: bytes that a rank sends in a step
+
+BIG, BIG_WORK = load_model("llama-3-405b"), Workload(seq=8192, global_batch=2048)
+ORACLE = parse_layout("dp128:zero1 tp8 pp16 mb1")
+
+
+def mean_over_stages(layout: Layout, axis: str) -> float:
+    m = micro_batches(layout, BIG_WORK)
+    each = [rank_program(BIG, layout, BIG_WORK, Place(stage)) for stage in range(layout.pp)]
+    return sum(wire(c) * times for p in each for c, times in step_collectives(p, m) if c.axis == axis) / layout.pp
+
+
+def test_the_worked_example_of_405b() -> None:
+    """126 layers, tp 8, pp 16, dp 128, 16 micro-batches of 8192 tokens: 236.8 GB of TP and 18.9 GB of DP (fp32 reduce-scatter, bf16
+    all-gather) a rank; 1.07 GB of PP in messages of 33.6 MB under sequence parallel."""
+    layers = [layer_piece(BIG, ORACLE, BIG_WORK.seq, None)] * 126
+    tp = sum(wire(c) for piece in layers for c in collectives((*piece.forward, *piece.backward))) * 16 / 16
+    assert tp == pytest.approx(236.8e9, rel=1e-3)
+    assert mean_over_stages(ORACLE, "tp") == pytest.approx(236.8e9, rel=0.02)  # and embedding, head, loss
+    assert mean_over_stages(ORACLE, "dp") == pytest.approx(18.9e9, rel=2e-3)
+    sp = parse_layout("dp128:zero1 tp8:sp pp16 mb1")
+    middle = rank_program(BIG, sp, BIG_WORK, Place(7))
+    assert [c.bytes for c in middle.boundary] == [33_554_432] * 2
+    assert sum(c.bytes for c in middle.boundary) * 16 == pytest.approx(1.07e9, rel=5e-3)
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+@pytest.mark.parametrize("mb", [1, 3])
+@pytest.mark.parametrize("q", [2, 4])
+def test_tensor_parallel_sends_four_all_reduces_a_layer(tp: int, mb: int, q: int) -> None:
+    """L x 4 x 2 (t - 1) / t x b s h q; under sequence parallel the forward sends the same bytes as all-gather and reduce-scatter, and the
+    backward gathers each column-parallel input once more, since only its shard was kept (Korthikanti et al. 2022, arXiv 2205.05198)."""
+    precision = "bf16" if q == 2 else "fp32"
+    plain = layer_piece(SMALL, parse_layout(f"tp{tp} mb{mb} {precision}"), WORK.seq, None)
+    cut = layer_piece(SMALL, parse_layout(f"tp{tp}:sp mb{mb} {precision}"), WORK.seq, None)
+    whole = mb * WORK.seq * SMALL.hidden * q
+    share = (tp - 1) / tp
+    for direction in ("forward", "backward"):
+        assert sum(map(wire, collectives(getattr(plain, direction)))) == pytest.approx(2 * 2 * share * whole)
+    assert sum(map(wire, collectives(cut.forward))) == pytest.approx(2 * 2 * share * whole)
+    assert sum(map(wire, collectives(cut.backward))) == pytest.approx(2 * 2 * share * whole + 2 * share * whole)
+
+
+def test_recompute_sends_the_forward_again_but_for_the_last_sum() -> None:
+    for layout, again in (("tp4", ["all_reduce"]), ("tp4:sp", ["all_gather", "reduce_scatter", "all_gather"])):
+        plain = layer_piece(SMALL, parse_layout(layout), WORK.seq, None)
+        full = layer_piece(SMALL, parse_layout(f"{layout} ac:full"), WORK.seq, None)
+        assert full.forward == plain.forward
+        assert [c.op for c in collectives(full.backward)] == again + [c.op for c in collectives(plain.backward)]
+
+
+@pytest.mark.parametrize(("zero", "bytes_an_element"), [("", 2 * 4), (":zero1", 4 + 2)])
+@pytest.mark.parametrize("dp", [2, 8])
+def test_data_parallel_sends_its_parameters_twice(dp: int, zero: str, bytes_an_element: int) -> None:
+    """2 (d - 1) / d x P / (t p) x q; reduce-scatter in fp32 and all-gather in bf16 make 6 bytes an element."""
+    model, work = load_model("llama-3-8b"), Workload(seq=4096, global_batch=64)
+    layout = parse_layout(f"dp{dp}{zero} tp4 pp2 mb1")
+    for stage in range(2):
+        program = rank_program(model, layout, work, Place(stage))
+        held = sum(s.numel for s in stage_shards(model, layout, stage == 0, stage == 1, stage_layers(32, 2)[stage], 0))
+        sent = sum(wire(c) for c in (*program.gradient_reductions, *program.step_end) if c.axis == "dp")
+        assert sent == pytest.approx((dp - 1) / dp * held * bytes_an_element, rel=1e-4)  # alignment, and the token count
+
+
+@pytest.mark.parametrize(("sp", "part"), [("", 1), (":sp", 4)])
+def test_pipeline_sends_an_activation_on_and_a_gradient_back(sp: str, part: int) -> None:
+    """2 x m x b s h q, over t under sequence parallel; the two ends send half."""
+    layout = parse_layout(f"tp4{sp} pp4 mb2")
+    m = micro_batches(layout, WORK)
+    whole = 2 * WORK.seq * SMALL.hidden * 2 // part
+    for stage in range(4):
+        program = rank_program(SMALL, layout, WORK, Place(stage))
+        sent = [s for s in step_traffic(program, m) if s.op == "send"]
+        directions = 1 if stage in (0, 3) else 2
+        assert [(s.axis, s.count, s.bytes) for s in sent] == [("pp", directions * m, directions * m * whole)]
+
+
+def test_one_rank_sends_nothing() -> None:
+    assert step_traffic(rank_program(SMALL, Layout(), WORK, Place()), 16) == ()
+
+
+# --- memory
+
+
+@pytest.mark.parametrize(("precision", "state"), [("bf16", (2, 4, 12)), ("fp32", (4, 4, 8)), ("fp64", (8, 8, 16))])
+def test_state_bytes_of_one_rank(precision: str, state: tuple[int, int, int]) -> None:
+    model = load_model("gpt2")
+    program = rank_program(model, parse_layout(precision), WORK, Place())
+    held = state_bytes(program, parse_layout(precision))
+    for name, bytes_ in zip(("parameters", "gradients", "optimizer"), state, strict=True):
+        assert held[name] == pytest.approx(124_439_808 * bytes_, rel=1e-4)  # alignment
+
+
+@pytest.mark.parametrize("dp", [2, 4, 16])
+def test_zero_1_cuts_the_optimizer_state_by_dp_and_nothing_else(dp: int) -> None:
+    plain, cut = parse_layout(f"dp{dp} tp2 pp2 mb1"), parse_layout(f"dp{dp}:zero1 tp2 pp2 mb1")
+    whole, part = (stage_memory(rank_program(SMALL, x, WORK, Place(1)), x, layout_schedule(x, 2), 1, 0).categories for x in (plain, cut))
+    assert part["optimizer"] == pytest.approx(whole["optimizer"] / dp, rel=0.02)
+    for name in ("parameters", "gradients"):
+        assert part[name] == pytest.approx(whole[name], rel=0.01)
+    assert {k: part[k] for k in ("activations", "working", "overhead")} == {k: whole[k] for k in ("activations", "working", "overhead")}
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+@pytest.mark.parametrize("model", [SMALL, GPT2], ids=lambda m: m.name)
+def test_sequence_parallel_cuts_what_the_norm_regions_keep_by_tp(model: Model, tp: int) -> None:
+    """Four hidden states of b s h q a layer: input and normed input of attention and of the MLP; the rest is cut by heads already."""
+    plain = layer_piece(model, parse_layout(f"tp{tp} mb2"), WORK.seq, None).saved_bytes
+    cut = layer_piece(model, parse_layout(f"tp{tp}:sp mb2"), WORK.seq, None).saved_bytes
+    norm_regions = 4 * 2 * WORK.seq * model.hidden * 2
+    assert plain - cut == norm_regions - norm_regions // tp
+    alone = layer_piece(model, parse_layout("mb2"), WORK.seq, None).saved_bytes
+    if model.kv_heads % tp == 0:
+        assert cut * tp == alone
+
+
+def test_full_recompute_keeps_only_the_input_of_a_layer() -> None:
+    for layout, tokens in (("tp4 mb2 ac:full", 2 * 64), ("tp4:sp mb2 ac:full", 2 * 64 // 4)):
+        piece = layer_piece(SMALL, parse_layout(layout), WORK.seq, None)
+        assert piece.saved_bytes == tokens * SMALL.hidden * 2
+        assert piece.working_bytes == layer_piece(SMALL, parse_layout(layout.removesuffix(" ac:full")), WORK.seq, None).saved_bytes
+
+
+def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
+    for text, flights in (("pp4 mb1", (4, 3, 2, 1)), ("pp4:gpipe mb1", (16, 16, 16, 16))):
+        layout = parse_layout(text)
+        for stage, flying in enumerate(flights):
+            program = rank_program(SMALL, layout, WORK, Place(stage))
+            held = stage_memory(program, layout, layout_schedule(layout, 16), stage, overhead=7)
+            assert held.categories["activations"] == flying * sum(piece.saved_bytes * repeat for piece, repeat in program.pieces)
+            assert held.categories["overhead"] == 7
+            assert held.total_bytes == sum(held.categories.values())
+
+
+# --- seconds of a kernel
+
+POINTS = st.lists(st.tuples(st.floats(1.0, 1e12), st.floats(1e-3, 1e12)), min_size=1, max_size=6, unique_by=lambda p: p[0]).map(sorted)
+
+
+@given(POINTS, st.floats(0.1, 1e13))
+def test_interpolation_stays_between_its_neighbours(points: list[tuple[float, float]], x: float) -> None:
+    y = interpolate(points, x)
+    below = [p for p in points if p[0] <= x] or points[:1]
+    above = [p for p in points if p[0] >= x] or points[-1:]
+    low, high = sorted((below[-1][1], above[0][1]))
+    assert low * (1 - 1e-9) <= y <= high * (1 + 1e-9)
+
+
+def test_interpolation_is_straight_in_log_log_and_flat_beyond_the_ends() -> None:
+    points = [(1.0, 10.0), (100.0, 1000.0), (10000.0, 1000.0)]
+    assert [interpolate(points, x) for x in (1.0, 100.0, 10000.0)] == pytest.approx([10, 1000, 1000])
+    assert interpolate(points, 10.0) == pytest.approx(100)
+    assert interpolate(points, sqrt(1e6)) == pytest.approx(1000)
+    assert (interpolate(points, 0.01), interpolate(points, 1e9)) == (10, 1000)
+    assert interpolate(points[:1], 55.0) == 10
+
+
+def with_measured(cluster: Cluster, measured: Measured) -> Cluster:
+    return cluster.model_copy(update={"measured": measured})
+
+
+H100, LOCAL = load_cluster("h100-superpod"), load_cluster("local")
+
+
+def test_a_large_product_runs_at_the_share_of_the_peak_and_a_thin_one_at_the_memorys_rate() -> None:
+    kernels = Kernels(H100, "bf16", 1)
+    assert kernels.gemm(Gemm("large", 8192, 8192, 8192)) == pytest.approx(2 * 8192**3 / (0.803 * 989e12))
+    assert kernels.gemm(Gemm("thin", 1, 8192, 8192)) == pytest.approx(2 * (8192 + 8192 + 8192**2) / kernels.memory_bandwidth)
+    assert "published" in kernels.evidence
+    assert "formula" in Kernels(load_cluster("mi300x-roce"), "fp32", 1).evidence
+    with pytest.raises(UserError, match="h100-sxm has no fp64 rate; it has fp32,"):
+        _ = Kernels(H100, "fp64", 1).peak_flops
+
+
+def test_measured_rates_replace_the_formula() -> None:
+    matmul = tuple(MatmulPoint(precision="bf16", m=n, n=n, k=n, active=1, flops_per_s=rate) for n, rate in ((64, 1e12), (4096, 4e14)))
+    attention = (AttentionPoint(precision="bf16", flops=1e9, active=1, forward_flops_per_s=1e14, backward_flops_per_s=5e13),)
+    cluster = with_measured(H100, Measured(source="my bench", matmul=matmul, attention=attention, memory_bandwidth=1e12))
+    kernels = Kernels(cluster, "bf16", 1)
+    assert kernels.gemm(Gemm("measured", 4096, 4096, 4096)) == pytest.approx(2 * 4096**3 / 4e14)
+    forward, backward = (Attention("a", 1, 8, 1024, 64, None, backward=b) for b in (False, True))
+    assert kernels.attention(forward) == pytest.approx(forward.flops / 1e14)
+    assert kernels.attention(backward) == pytest.approx(backward.flops / 5e13)
+    assert Kernels(cluster, "bf16", H100.node.accelerators).memory_bandwidth == 1e12
+    assert kernels.evidence == "measured: my bench"
+    assert "measured" not in Kernels(cluster, "fp32", 1).evidence
+
+
+# --- seconds of a collective
+
+
+def times(cluster: Cluster) -> CollectiveTimes:
+    return CollectiveTimes(cluster, load_collective_constants())
+
+
+SWITCHED = st.sampled_from(("h100-superpod", "a100-superpod", "gb200-nvl72", "aws-p5", "h100-roce-rail", "local"))
+RING = st.sampled_from(("all_reduce", "all_gather", "reduce_scatter"))
+BYTES = st.integers(1, 10**10)
+
+
+@given(SWITCHED, st.sampled_from(("all_reduce", "all_gather", "reduce_scatter", "send")), st.integers(2, 64), st.sampled_from((1, 2, 8)), BYTES, BYTES)
+def test_more_bytes_never_take_less_time(cluster: str, op: str, n: int, stride: int, one: int, other: int) -> None:
+    t = times(load_cluster(cluster))
+    less, more = sorted((one, other))
+    assert t.seconds(Collective("tp", op, n, stride, less)) <= t.seconds(Collective("tp", op, n, stride, more))  # type: ignore[arg-type]
+
+
+@given(SWITCHED, RING, st.integers(2, 128), st.integers(2, 128), st.sampled_from((1, 2, 8)), BYTES)
+def test_more_ranks_never_take_less_time(cluster: str, op: str, one: int, other: int, stride: int, nbytes: int) -> None:
+    t = times(load_cluster(cluster))
+    fewer, more = sorted((one, other))
+    assert t.seconds(Collective("tp", op, fewer, stride, nbytes)) <= t.seconds(Collective("tp", op, more, stride, nbytes)) * (1 + 1e-12)  # type: ignore[arg-type]
+
+
+@given(SWITCHED, st.sampled_from(("all_reduce", "all_gather", "reduce_scatter", "send")), st.integers(2, 8), BYTES)
+def test_the_network_is_slower_than_scale_up(cluster: str, op: str, n: int, nbytes: int) -> None:
+    loaded = load_cluster(cluster)
+    t, domain = times(loaded), loaded.fabric.domain
+    if loaded.node.nics:
+        inside, across = (Collective("tp", op, n, stride, nbytes) for stride in (1, domain))  # type: ignore[arg-type]
+        assert (t.link(inside), t.link(across)) == ("scale-up" if n <= domain else "network", "network")
+        assert t.seconds(inside) < t.seconds(across)
+
+
+def test_a_large_all_reduce_by_hand() -> None:
+    """2 (n - 1) / n x S over the ring's rate: 370.8 GB/s inside a DGX H100, 0.97 x 50 GB/s of a rank's own NIC between nodes."""
+    t = times(H100)
+    assert t.seconds(Collective("tp", "all_reduce", 8, 1, 10**10)) == pytest.approx(2 * 7 / 8 * 1e10 / 370.8e9, rel=0.01)
+    assert t.seconds(Collective("dp", "all_reduce", 16, 8, 10**10)) == pytest.approx(2 * 15 / 16 * 1e10 / 48.5e9, rel=0.01)
+    assert t.seconds(Collective("dp", "all_gather", 16, 8, 10**10)) == pytest.approx(15 / 16 * 1e10 / 48.5e9, rel=0.01)
+    # Eight members in a node share its eight NICs, and the scale-up links are the narrower.
+    assert t.seconds(Collective("dp", "all_reduce", 64, 1, 10**10)) == pytest.approx(2 * 63 / 64 * 1e10 / 370.8e9, rel=0.04)
+
+
+def test_a_pair_on_a_mesh_has_one_link_and_no_call_is_quicker_than_its_floor() -> None:
+    t = times(load_cluster("mi300x-roce"))
+    assert t.seconds(Collective("tp", "all_reduce", 2, 1, 10**10)) == pytest.approx(1e10 / (0.74 * 64e9), rel=0.01)
+    assert times(H100).seconds(Collective("tp", "all_reduce", 2, 1, 1)) == 22e-6
+    assert times(H100).seconds(Collective("dp", "all_reduce", 2, 8, 1)) == 62e-6
+
+
+def measured_at(cluster: Cluster, *ranks: int) -> Cluster:
+    """10 us and 100 GB/s whatever the group, for messages of 1 kB, 1 MB and 100 MB."""
+    points = tuple(
+        CollectivePoint(op=op, ranks=n, bytes=nbytes, seconds=1e-5 + nbytes / 1e11)  # type: ignore[arg-type]
+        for op in ("all_reduce", "p2p")
+        for n in ranks
+        for nbytes in (10**3, 10**6, 10**8)
+    )
+    return with_measured(cluster, Measured(source="my bench", collectives=points))
+
+
+def test_measured_points_are_used_where_there_are_any() -> None:
+    t = times(measured_at(H100, 2, 8))
+    for n in (2, 8):
+        for nbytes in (10**3, 10**6, 10**8):
+            assert t.seconds(Collective("tp", "all_reduce", n, 1, nbytes)) == pytest.approx(1e-5 + nbytes / 1e11)
+    assert t.seconds(Collective("pp", "send", 2, 1, 10**6)) == pytest.approx(2e-5)
+    between = t.seconds(Collective("tp", "all_reduce", 8, 1, 10**7))
+    assert 2e-5 < between < 1e-5 + 1e-3
+    assert t.seconds(Collective("tp", "all_reduce", 8, 1, 10**9)) == pytest.approx(10 * (1e-5 + 1e-3)), "beyond the largest: its rate"
+    assert t.seconds(Collective("tp", "all_reduce", 8, 1, 1)) == pytest.approx(1e-5 + 1e-8), "below the smallest: its latency"
+    gather = Collective("tp", "all_gather", 8, 1, 10**6)
+    assert t.seconds(gather) == times(H100).seconds(gather), "not measured"
+    assert t.evidence == "measured: my bench"
+    assert "formula" in times(H100).evidence
+
+
+@given(st.integers(2, 8), st.integers(2, 8), BYTES)
+def test_between_measured_group_sizes_more_ranks_never_take_less_time(one: int, other: int, nbytes: int) -> None:
+    t = times(measured_at(H100, 2, 8))
+    fewer, more = sorted((one, other))
+    assert t.seconds(Collective("tp", "all_reduce", fewer, 1, nbytes)) <= t.seconds(Collective("tp", "all_reduce", more, 1, nbytes)) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("op", ["all_reduce", "send"])
+def test_what_was_measured_inside_a_node_says_nothing_of_the_network(op: str) -> None:
+    across = Collective("dp", op, 8, 8, 10**8)  # type: ignore[arg-type]
+    assert times(measured_at(H100, 2, 8)).seconds(across) == times(H100).seconds(across)
+
+
+def test_a_point_of_no_bytes_is_refused_or_used_but_breaks_nothing() -> None:
+    try:
+        points = (CollectivePoint(op="all_reduce", ranks=8, bytes=0, seconds=1e-5), CollectivePoint(op="all_reduce", ranks=8, bytes=10**6, seconds=1e-4))
+    except ValueError:
+        return
+    cluster = with_measured(H100, Measured(source="x", collectives=points))
+    assert 1e-5 <= times(cluster).seconds(Collective("tp", "all_reduce", 8, 1, 10**3)) <= 1e-4
+
+
+# --- the whole step
+
+LLAMA_70B = load_model("llama-3-70b")
+
+
+def priced(layout: str, model: str | Model = "llama-3-8b", cluster: str | Cluster = "h100-superpod", seq: int = 2048, batch: int = 16) -> Estimate:
+    return api.estimate(model=model, cluster=cluster, seq=seq, global_batch=batch, layout=layout)
+
+
+def test_the_json_of_an_estimate_has_its_keys() -> None:
+    e = priced("dp2:zero1 tp2:sp pp2 mb1")
+    d = json.loads(json.dumps(e.as_dict()))
+    scalars = ("layout", "world", "step_time_s", "tokens_per_s", "tokens_per_s_per_gpu", "mfu", "hfu", "bubble", "fits")
+    assert set(scalars) | {"memory", "collectives"} <= set(d)
+    assert (d["layout"], d["world"], d["fits"]) == ("dp2:zero1 tp2:sp pp2:1f1b mb1 bf16", 8, True)
+    assert d["tokens_per_s"] == pytest.approx(2048 * 16 / d["step_time_s"])
+    assert d["tokens_per_s_per_gpu"] == pytest.approx(d["tokens_per_s"] / 8)
+    for stage, row in enumerate(d["memory"]):
+        assert row["stage"] == stage
+        assert row["total_bytes"] == sum(row["categories"].values())
+        assert set(row["categories"]) == {"parameters", "gradients", "optimizer", "activations", "working", "overhead"}
+    for row in d["collectives"]:
+        assert {"axis", "op", "count", "bytes", "group_size", "link", "time_s", "exposed_s"} <= set(row)
+        assert 0 <= row["exposed_s"] <= row["time_s"] * (1 + 1e-9)
+        assert row["link"] in ("scale-up", "network")
+    assert {row["axis"] for row in d["collectives"]} == {"dp", "tp", "pp"}
+
+
+def test_mfu_is_the_models_arithmetic_over_the_peak() -> None:
+    e = priced("dp2 tp4 mb1")
+    peak = H100.accelerator.peak_flops["bf16"]
+    assert e.mfu == pytest.approx(model_flops_per_token(load_model("llama-3-8b"), 2048) * 2048 * 16 / (e.step_time_s * 8 * peak))
+    assert 0.2 < e.mfu < 0.75
+    assert e.hfu == e.mfu
+
+
+@pytest.mark.parametrize("layout", ["dp8", "tp4 pp2"])
+def test_hardware_flops_count_what_is_recomputed_and_no_more(layout: str) -> None:
+    """PaLM's hardware utilisation (arXiv 2204.02311, appendix B) adds the recomputed part only: neither head nor last product is repeated."""
+    e = priced(f"{layout} mb1 ac:full")
+    assert e.mfu < priced(f"{layout} mb1").mfu
+    model = load_model("llama-3-8b")
+    repeated = sum(prod(p.shape) for p in parameters(model) if p.decay and p.layer is not None and ".mlp.down." not in p.name)
+    attention = 12 * model.layers * model.heads * model.head_dim * 2048
+    expected = (6 * multiplied(model) + 2 * repeated + attention * 4 / 3) / (6 * multiplied(model) + attention)
+    assert e.hfu / e.mfu == pytest.approx(expected, rel=5e-3)
+
+
+def test_the_bubble_shrinks_with_micro_batches_and_is_nothing_without_a_pipeline() -> None:
+    bubbles = [priced("pp4 tp2 mb1", batch=batch).bubble for batch in (4, 8, 16, 64)]
+    assert bubbles == sorted(bubbles, reverse=True)
+    assert bubbles[-1] < bubbles[0] / 2  # what stays is the head on the last stage
+    assert bubbles[0] == pytest.approx(3 / 7, abs=0.15)
+    assert priced("dp4 tp2 mb1").bubble == pytest.approx(0, abs=1e-12)
+
+
+def test_what_does_not_fit_says_so() -> None:
+    e = priced("dp8 mb1")
+    assert not e.fits
+    assert e.peak_bytes > e.memory_limit_bytes == H100.accelerator.memory_bytes
+    assert priced("dp8:zero1 tp1 mb1").peak_bytes < e.peak_bytes
+
+
+def test_stages_with_other_windows_are_priced_apart() -> None:
+    """Four stages of one layer: the third has full attention, its neighbours a window."""
+    model = replace(SMALL, layers=4, windows=(16, 16, None, 16), max_positions=8192)
+    e = priced("pp4 mb1", model=model, seq=8192, batch=8)
+    assert e.timeline is not None
+    busy = [e.timeline.busy(stage) for stage in range(4)]
+    assert busy[2] > busy[1] * 1.05
+
+
+def test_what_cannot_be_priced_is_refused() -> None:
+    for layout, said in (("cp2", "cp2: the cp axis is not built"), ("tp5", "tp 5 does not divide"), ("pp33", "32 layers"), ("dp3", "does not divide 16")):
+        with pytest.raises(UserError, match=said):
+            priced(layout)
+    with pytest.raises(UserError, match="local is one node of 4 ranks"):
+        priced("dp8 mb1", model="llama-tiny", cluster="local", seq=64)
+    with pytest.raises(UserError, match="8 ranks, but 16 are given"):
+        api.estimate(model="gpt2", cluster="h100-superpod", seq=64, global_batch=8, layout="dp8", gpus=16)
+    with pytest.raises(UserError, match=r"mixtral-8x7b .*dense decoders"):
+        priced("dp8", model="mixtral-8x7b")
+
+
+def test_the_closed_form_is_near_the_played_schedule() -> None:
+    """Over a sample of the layouts of llama-3-70b on 640 H100; those with few actions, since playing is what takes long."""
+    work = Workload(seq=4096, global_batch=1280)
+    estimator = Estimator(LLAMA_70B, H100, work)
+    every = [x for x in legal_layouts(LLAMA_70B, work, 640, "bf16") if x.pp * micro_batches(x, work) <= 3000]
+    sample = random.Random(0).sample(every, 100)
+    disagreed = 0
+    for layout in sample:
+        quick, whole = estimator.quick(layout), estimator.estimate(layout)
+        assert quick.step_time_s == pytest.approx(whole.step_time_s, rel=0.10), str(layout)
+        assert quick.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.01), str(layout)
+        disagreed += quick.fits != whole.fits
+    assert disagreed <= 1
+
+
+def test_ranks_that_share_cores_are_no_quicker_than_the_cores() -> None:
+    """On the local cluster two ranks compute at once: four ranks cannot be four times as quick as one."""
+    one, four = (priced(layout, model="llama-small", cluster="local", seq=256, batch=8) for layout in ("mb1 fp32", "dp4 mb1 fp32"))
+    assert one.step_time_s / 2 < four.step_time_s < one.step_time_s * 1.5
+    assert not times(LOCAL).hides
+    assert times(H100).hides

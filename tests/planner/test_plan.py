@@ -1,0 +1,254 @@
+"""The planner answers with the quickest layout there is, prices only legal ones, and says why each other loses."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from itertools import product
+from math import prod
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshwright import api
+from meshwright.cost.estimate import Estimate, Estimator
+from meshwright.planner.explain import reason_against
+from meshwright.planner.search import MAX_MICRO_BATCH, Plan, divisors, legal_layouts, plan
+from meshwright.spec.catalogue import load_cluster
+from meshwright.spec.errors import UserError
+from meshwright.spec.huggingface import load_model
+from meshwright.spec.layout import Layout
+from meshwright.spec.legality import check_layout, check_world, refuse_unbuilt
+from meshwright.spec.workload import Workload
+
+SLACK = 0.02
+"""The closed form that ranks the candidates is a few per cent off, so the best may be left out of those whose schedule is played.
+Of 313 problems of up to 16 ranks one lost, by 0.8 %."""
+
+
+@cache
+def llama_70b() -> Plan:
+    return api.plan(model="llama-3-70b", cluster="h100-superpod", gpus=640, seq=4096, global_batch=1280)
+
+
+# --- the answer
+
+
+def test_70b_on_640_h100_is_no_slower_than_what_a_person_would_take() -> None:
+    found = llama_70b()
+    usual = api.estimate(model="llama-3-70b", cluster="h100-superpod", gpus=640, seq=4096, global_batch=1280, layout="dp20:zero1 tp8:sp pp4 mb1")
+    assert found.best is not None
+    assert found.best.estimate.fits
+    assert usual.fits
+    assert found.best.estimate.layout.world == 640
+    assert found.best.estimate.step_time_s <= usual.step_time_s
+    assert found.searched > found.fitting > 100
+
+
+PROBLEMS = [
+    ("llama-3-8b", "h100-superpod", 8, 4096, 16, "bf16"),
+    ("gpt2", "h100-superpod", 4, 1024, 16, "bf16"),
+    ("llama-small", "local", 4, 256, 16, "bf16"),
+    ("llama-small", "local", 4, 256, 16, "fp32"),
+    ("llama-3.2-1b", "mi300x-roce", 12, 1024, 24, "bf16"),
+]
+
+
+@pytest.mark.parametrize(("model", "cluster", "gpus", "seq", "batch", "precision"), PROBLEMS, ids=[f"{p[0]} {p[5]} on {p[2]} {p[1]}" for p in PROBLEMS])
+def test_the_answer_is_that_of_pricing_every_legal_layout(model: str, cluster: str, gpus: int, seq: int, batch: int, precision: str) -> None:
+    loaded, machine, work = load_model(model), load_cluster(cluster), Workload(seq, batch)
+    estimator = Estimator(loaded, machine, work)
+    every = [estimator.estimate(x) for x in legal_layouts(loaded, work, gpus, precision)]  # type: ignore[arg-type]
+    fitting = sorted((e for e in every if e.fits), key=lambda e: e.step_time_s)
+    found = plan(loaded, machine, work, gpus, precision=precision)  # type: ignore[arg-type]
+    assert found.best is not None
+    assert (found.searched, found.fitting) == (len(every), len(fitting))
+    assert found.best.estimate.step_time_s <= fitting[0].step_time_s * (1 + SLACK)
+    assert found.best.estimate == estimator.estimate(found.best.estimate.layout)
+
+
+def test_candidates_are_the_best_and_its_runners_up_in_order() -> None:
+    found = llama_70b()
+    assert found.candidates[0] == found.best
+    assert len(found.candidates) == 5
+    times = [c.estimate.step_time_s for c in found.candidates]
+    assert times == sorted(times)
+    assert all(c.estimate.fits for c in found.candidates)
+    assert len({c.estimate.layout for c in found.candidates}) == 5
+    more = api.plan(model="gpt2", cluster="h100-superpod", gpus=4, seq=512, global_batch=16, top=20)
+    assert len(more.candidates) == 20
+    only = api.plan(model="gpt2", cluster="h100-superpod", gpus=4, seq=512, global_batch=16, top=1)
+    assert only.candidates == (only.best,)
+
+
+def test_the_answer_turns_into_json_and_progress_is_told() -> None:
+    told: list[int] = []
+    found = api.plan(model="gpt2", cluster="local", gpus=4, seq=128, global_batch=8, progress=told.append)
+    assert told == list(range(1, found.searched + 1))
+    d = json.loads(json.dumps(found.as_dict()))
+    assert set(d) >= {"best", "candidates", "alternatives", "searched", "fitting", "seconds"}
+    assert d["best"]["layout"] == d["candidates"][0]["layout"]
+    assert all(row["reason"] for row in (*d["candidates"], *d["alternatives"]))
+    assert all(row["name"] for row in d["alternatives"])
+
+
+# --- the reasons
+
+
+def sensible(reason: str) -> None:
+    """One line that names a figure, and no difference of nothing."""
+    assert reason
+    assert "\n" not in reason
+    assert not re.search(r"(?<![\d.])-?0(\.0+)? m?s longer|-\d[\d.]* m?s longer", reason), reason
+    bubble = re.search(r"bubble (\d+)% of the step, against (\d+)%", reason)
+    assert not bubble or int(bubble[1]) > int(bubble[2]), reason
+
+
+def test_every_alternative_has_its_reason() -> None:
+    found = llama_70b()
+    assert found.best is not None
+    names = [name for name, _ in found.alternatives]
+    assert len(set(names)) == len(names) >= 4
+    for name, candidate in found.alternatives:
+        assert candidate.estimate.layout != found.best.estimate.layout
+        assert not candidate.estimate.fits or candidate.estimate.step_time_s >= found.best.estimate.step_time_s
+        sensible(candidate.reason)
+        x = candidate.estimate.layout
+        meaning = {"no pipeline": x.pp == 1, "no tensor parallel": x.tp == 1, "full recompute": x.recompute == "full", "no ZeRO": x.zero == 0}
+        assert meaning.get(name, True)
+    for candidate in found.candidates[1:]:
+        sensible(candidate.reason)
+
+
+@pytest.mark.parametrize(("model", "cluster", "gpus", "seq", "batch"), [p[:5] for p in PROBLEMS[:3]] + [("gpt2-xl", "h100-superpod", 8, 512, 24)])
+def test_every_layout_that_loses_has_a_sensible_reason(model: str, cluster: str, gpus: int, seq: int, batch: int) -> None:
+    loaded, machine, work = load_model(model), load_cluster(cluster), Workload(seq, batch)
+    estimator = Estimator(loaded, machine, work)
+    every = [estimator.estimate(x) for x in legal_layouts(loaded, work, gpus, "bf16")]
+    best = min((e for e in every if e.fits), key=lambda e: e.step_time_s)
+    for e in every:
+        reason = reason_against(e, best)
+        sensible(reason)
+        assert reason.startswith("does not fit") == (not e.fits)
+        assert reason.startswith("as quick as the best") == (e.fits and e.step_time_s <= best.step_time_s * 1.0005)
+
+
+def test_a_layout_that_does_not_fit_is_told_what_takes_the_room() -> None:
+    e = api.estimate(model="llama-3-8b", cluster="h100-superpod", seq=4096, global_batch=8, layout="dp8 mb1")
+    reason = reason_against(e, None)
+    assert re.fullmatch(r"does not fit: stage 0 needs (\d+\.\d) GiB of 80\.0, (\d+\.\d) of it optimizer", reason)
+    assert f"{e.peak_bytes / 2**30:.1f} GiB" in reason
+
+
+# --- when there is none
+
+
+def test_nothing_fits_names_the_nearest_and_what_it_lacks() -> None:
+    found = api.plan(model="llama-3-405b", cluster="h100-superpod", gpus=8, seq=4096, global_batch=8)
+    assert found.best is None
+    assert found.fitting == 0 < found.searched
+    assert found.alternatives == ()
+    [nearest] = found.candidates
+    assert not nearest.estimate.fits
+    assert re.search(r"needs \d+\.\d GiB of 80\.0, \d+\.\d of it (optimizer|parameters|gradients|activations)", nearest.reason)
+    assert found.as_dict()["best"] is None
+
+
+def test_layouts_that_fit_by_the_closed_form_alone_are_no_answer() -> None:
+    """The memory lies between the closed form of the leanest layout and its exact bytes: nothing fits, and that is said."""
+    model, cluster, work = load_model("llama-3-8b"), load_cluster("h100-superpod"), Workload(2048, 8)
+    estimator = Estimator(model, cluster, work)
+    leanest = min((estimator.quick(x).peak_bytes, str(x), x) for x in legal_layouts(model, work, 8, "bf16"))[2]
+    near, exact = estimator.quick(leanest).peak_bytes, estimator.estimate(leanest).peak_bytes
+    assert near < exact
+    tight = cluster.model_copy(update={"accelerator": cluster.accelerator.model_copy(update={"memory_bytes": (near + exact) // 2})})
+    found = plan(model, tight, work, 8)
+    assert found.best is None
+    assert "does not fit" in found.candidates[0].reason
+
+
+@pytest.mark.parametrize(("gpus", "batch", "model"), [(37, 8, "llama-3-8b"), (1009, 8, "llama-3-8b"), (26, 4, "gpt2"), (83, 5, "llama-3-70b")])
+def test_no_legal_layout_names_the_nearest_counts(gpus: int, batch: int, model: str) -> None:
+    with pytest.raises(UserError) as refused:
+        api.plan(model=model, cluster="h100-superpod", gpus=gpus, seq=1024, global_batch=batch)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert f"no layout of {gpus} ranks" in message
+    assert f"global batch of {batch}" in message
+    offered = [int(n) for n in re.search(r"try (.*) ranks", message)[1].split(" or ")]  # type: ignore[index]
+    work = Workload(1024, batch)
+    legal = [n for n in range(gpus, 0, -1) if any(True for _ in legal_layouts(load_model(model), work, n, "bf16"))]
+    assert offered == legal[: len(offered)] != []
+
+
+def test_when_no_count_would_help_the_reason_is_the_models_own() -> None:
+    with pytest.raises(UserError) as refused:
+        api.plan(model="gpt2", cluster="h100-superpod", gpus=4, seq=2048, global_batch=8)
+    assert "1024 learned positions" in str(refused.value)
+    assert "try  ranks" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gpus": 0}, "gpus must be at least 1, got 0"),
+        ({"seq": 0}, "seq must be at least 1, got 0"),
+        ({"global_batch": -2}, "global_batch must be at least 1, got -2"),
+        ({"model": "gtp2"}, "unknown model 'gtp2': did you mean gpt2"),
+        ({"cluster": "h100"}, "unknown cluster 'h100'"),
+        ({"model": "mixtral-8x7b"}, "dense decoders"),
+        ({"cluster": "local", "gpus": 8}, "local is one node of 4 ranks"),
+        ({"precision": "fp64", "model": "gpt2"}, "h100-sxm has no fp64 rate"),
+        ({"precision": "fp8"}, "precision fp8"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(changes: dict[str, object], said: str) -> None:
+    asked = {"model": "llama-tiny", "cluster": "h100-superpod", "gpus": 4, "seq": 128, "global_batch": 8} | changes
+    with pytest.raises(UserError, match=re.escape(said)) as refused:
+        api.plan(**asked)  # type: ignore[arg-type]
+    assert "\n" not in str(refused.value)
+
+
+# --- the space
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    model=st.sampled_from(("gpt2", "llama-tiny", "llama-3-8b", "llama-3-70b", "opt-125m")),
+    gpus=st.integers(1, 64),
+    batch=st.integers(1, 48),
+    seq=st.sampled_from((96, 128, 1000)),
+)
+def test_the_space_is_every_legal_layout_once(model: str, gpus: int, batch: int, seq: int) -> None:
+    loaded, work = load_model(model), Workload(seq, batch)
+    found = list(legal_layouts(loaded, work, gpus, "bf16"))
+    assert len(set(found)) == len(found)
+    for layout in found:
+        check_layout(layout, loaded, work)
+        check_world(layout, gpus)
+        refuse_unbuilt(layout)
+    expected = set()
+    degrees = [t for t in product(divisors(gpus), repeat=3) if prod(t) == gpus]
+    for (dp, tp, pp), mb, sp, zero, recompute in product(degrees, range(1, MAX_MICRO_BATCH + 1), (False, True), (0, 1), ("none", "full")):
+        try:
+            layout = Layout(dp=dp, tp=tp, pp=pp, micro_batch=mb, sp=sp, zero=zero, recompute=recompute)  # type: ignore[arg-type]
+            check_layout(layout, loaded, work)
+        except UserError:
+            continue
+        expected.add(layout)
+    assert set(found) == expected
+
+
+@given(st.integers(1, 5000))
+def test_divisors(n: int) -> None:
+    assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
+
+
+def test_estimates_of_a_plan_are_those_of_estimate() -> None:
+    found = llama_70b()
+    assert found.best is not None
+    best: Estimate = found.best.estimate
+    again = api.estimate(model="llama-3-70b", cluster="h100-superpod", seq=4096, global_batch=1280, layout=str(best.layout))
+    assert again.as_dict() == best.as_dict()

@@ -1,0 +1,67 @@
+"""What ranks do in the checkpoint and launch tests. Imported by the rank processes."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+import workers
+
+from meshwright.parallel.apply import Engine
+from meshwright.spec.layout import Layout
+from meshwright.spec.model import Model
+from meshwright.spec.workload import Workload
+from meshwright.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from meshwright.train.optimizer import Optimizer
+from meshwright.train.recipe import Recipe
+
+RECIPE = Recipe(steps=8, lr=1e-3, warmup=2)
+
+
+def steps(engine: Engine, optimizer: Optimizer, workload: Workload, which: range) -> list[float]:
+    out = []
+    for step in which:
+        loss, squared = engine.forward_backward(workers.local_batch(engine.model, workload, engine, step)).tolist()
+        optimizer.step(step, squared)
+        out.append(loss)
+    return out
+
+
+def train_and_save(model: Model, workload: Workload, layout: Layout, directory: Path, until: int) -> list[float]:
+    engine = workers.build(model, workload, layout)
+    optimizer = Optimizer(RECIPE, engine.state)
+    losses = steps(engine, optimizer, workload, range(until))
+    save_checkpoint(directory, until, {"recipe": {}}, engine.mesh, optimizer)
+    return losses
+
+
+def resume(model: Model, workload: Workload, layout: Layout, directory: Path, until: int) -> list[float]:
+    engine = workers.build(model, workload, layout)
+    for bucket in engine.state.buckets:  # what is not loaded must show
+        bucket.parameters.fill_(float("nan"))
+        with torch.no_grad():
+            bucket.weights.fill_(float("nan"))
+    optimizer = Optimizer(RECIPE, engine.state)
+    path = newest_checkpoint(directory)
+    assert path is not None
+    about = load_checkpoint(path, engine.mesh, optimizer)
+    return steps(engine, optimizer, workload, range(about["step"], until))
+
+
+def die_at_start() -> None:
+    """Rank 1 is gone at once; the others would wait for it for half an hour."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        raise OSError("the disk of rank 1 is on fire")
+    dist.barrier()
+
+
+def killed_at_start() -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), 9)
+    time.sleep(600)
