@@ -48,7 +48,19 @@ def main() -> None:
     run("compare", *runs, "--cluster", cluster)
 
     say("5. The same question at scale: Llama-3-70B, 4k tokens, 640 H100.")
-    run("plan", "--model", "llama-3-70b", "--cluster", "h100-superpod", "--gpus", "640", "--seq", "4096", "--global-batch", "1280")
+    run(
+        "plan",
+        "--model",
+        "llama-3-70b",
+        "--cluster",
+        "h100-superpod",
+        "--gpus",
+        "640",
+        "--seq",
+        "4096",
+        "--global-batch",
+        "1280",
+    )
     print(f"\ndone in {time.monotonic() - began:.0f} s; everything is in {out}")
 
 

@@ -1,9 +1,9 @@
 """The Python API: what the command line does, with names or objects.
 
-    import meshwright
-    e = meshwright.estimate(model="llama-3-70b", cluster="h100-superpod", gpus=640, seq=4096, global_batch=1280,
-                            layout="dp20:zero1 tp8:sp pp4 mb1")
-    e.mfu, e.tokens_per_s, e.as_dict()
+import meshwright
+e = meshwright.estimate(model="llama-3-70b", cluster="h100-superpod", gpus=640, seq=4096, global_batch=1280,
+                        layout="dp20:zero1 tp8:sp pp4 mb1")
+e.mfu, e.tokens_per_s, e.as_dict()
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from meshwright.spec.workload import Workload
 
 
 def estimate(
-    *, model: str | Model, cluster: str | Cluster, layout: str | Layout, seq: int, global_batch: int, gpus: int | None = None
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    layout: str | Layout,
+    seq: int,
+    global_batch: int,
+    gpus: int | None = None,
 ) -> Estimate:
     """Price one layout.
 

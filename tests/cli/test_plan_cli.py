@@ -75,7 +75,9 @@ def cpu_seconds(*args: str) -> float:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-@pytest.mark.parametrize(("args", "limit", "tries"), [(("plan", "--help"), 0.5, 5), (LARGE_PLAN, 2.0, 3)], ids=["plan --help", "plan 70B on 640"])
+@pytest.mark.parametrize(
+    ("args", "limit", "tries"), [(("plan", "--help"), 0.5, 5), (LARGE_PLAN, 2.0, 3)], ids=["plan --help", "plan 70B on 640"]
+)
 def test_it_answers_quickly(args: tuple[str, ...], limit: float, tries: int) -> None:
     """The quickest of a few runs: noise only adds."""
     taken: list[float] = []
@@ -86,7 +88,14 @@ def test_it_answers_quickly(args: tuple[str, ...], limit: float, tries: int) -> 
 
 @pytest.mark.parametrize(
     "args",
-    [SMALL_PLAN, (*SMALL_ESTIMATE, "--json"), ("plan", "--help"), ("layout", "explain", "dp2 tp2"), ("models",), ("clusters",)],
+    [
+        SMALL_PLAN,
+        (*SMALL_ESTIMATE, "--json"),
+        ("plan", "--help"),
+        ("layout", "explain", "dp2 tp2"),
+        ("models",),
+        ("clusters",),
+    ],
     ids=" ".join,
 )
 def test_the_planner_runs_where_torch_and_numpy_are_absent(args: tuple[str, ...]) -> None:
@@ -110,7 +119,9 @@ def test_the_module_is_the_command() -> None:
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:
-    with subprocess.Popen([*COMMAND, "models", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*COMMAND, "models", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.read(1)
@@ -124,14 +135,29 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
 def test_a_plan_for_people(run: Any) -> None:
     said = run(*SMALL_PLAN, "--top", "3")
     assert (said.status, said.err) == (0, "")
-    for part in ("gpt2 on 4 x h100-superpod", "legal layouts priced", "best and runners-up", "the obvious alternatives", "rests on", "--layout"):
+    for part in (
+        "gpt2 on 4 x h100-superpod",
+        "legal layouts priced",
+        "best and runners-up",
+        "the obvious alternatives",
+        "rests on",
+        "--layout",
+    ):
         assert part in said.out
 
 
 def test_an_estimate_for_people(run: Any) -> None:
     said = run(*changed(SMALL_ESTIMATE, layout="dp2:zero1 tp2:sp mb1", gpus="4"))
     assert (said.status, said.err) == (0, "")
-    for part in ("dp2:zero1 tp2:sp mb1 bf16", "MFU / HFU", "memory of a rank by stage", "GiB", "reduce_scatter", "scale-up", "rests on"):
+    for part in (
+        "dp2:zero1 tp2:sp mb1 bf16",
+        "MFU / HFU",
+        "memory of a rank by stage",
+        "GiB",
+        "reduce_scatter",
+        "scale-up",
+        "rests on",
+    ):
         assert part in said.out
 
 
@@ -140,7 +166,19 @@ def test_what_plan_says_next_is_a_layout_that_estimate_takes(run: Any) -> None:
     assert run(*changed(SMALL_ESTIMATE, layout=layout)).status == 0
 
 
-ESTIMATE_KEYS = {"layout", "world", "step_time_s", "tokens_per_s", "tokens_per_s_per_gpu", "mfu", "hfu", "bubble", "fits", "memory", "collectives"}
+ESTIMATE_KEYS = {
+    "layout",
+    "world",
+    "step_time_s",
+    "tokens_per_s",
+    "tokens_per_s_per_gpu",
+    "mfu",
+    "hfu",
+    "bubble",
+    "fits",
+    "memory",
+    "collectives",
+}
 
 
 def test_json_of_plan_and_estimate(run: Any) -> None:
@@ -225,7 +263,9 @@ ESTIMATES: list[tuple[dict[str, str], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("changes", "said"), ESTIMATES, ids=[str(changes) for changes, _ in ESTIMATES])
-def test_an_estimate_that_cannot_be_is_refused_in_one_line(run: Any, changes: dict[str, str], said: tuple[str, ...]) -> None:
+def test_an_estimate_that_cannot_be_is_refused_in_one_line(
+    run: Any, changes: dict[str, str], said: tuple[str, ...]
+) -> None:
     refused(run(*changed(SMALL_ESTIMATE, **changes)), *said)
 
 
@@ -254,7 +294,9 @@ CLUSTERS = [
 
 
 @pytest.mark.parametrize(("text", "said"), CLUSTERS, ids=[said[1] if len(said) > 1 else text for text, said in CLUSTERS])
-def test_a_cluster_file_that_cannot_be_read_is_refused_with_its_line(run: Any, tmp_path: Path, text: str, said: tuple[str, ...]) -> None:
+def test_a_cluster_file_that_cannot_be_read_is_refused_with_its_line(
+    run: Any, tmp_path: Path, text: str, said: tuple[str, ...]
+) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     refused(run(*changed(SMALL_PLAN, cluster=str(path))), str(path), *said)
@@ -262,7 +304,10 @@ def test_a_cluster_file_that_cannot_be_read_is_refused_with_its_line(run: Any, t
 
 def test_a_cluster_file_that_can_be_read_is_planned_for(run: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(CLUSTER)
-    assert json.loads(run(*changed(SMALL_PLAN, cluster=str(tmp_path / "mine.yaml")), "--json").out)["best"]["cluster"] == "mine"
+    assert (
+        json.loads(run(*changed(SMALL_PLAN, cluster=str(tmp_path / "mine.yaml")), "--json").out)["best"]["cluster"]
+        == "mine"
+    )
 
 
 LLAMA = {
@@ -309,7 +354,9 @@ USAGE = [
 
 
 @pytest.mark.parametrize(("args", "said"), USAGE, ids=[said for _, said in USAGE])
-def test_a_command_that_cannot_be_parsed_is_refused_with_one_error_beside_its_usage(run: Any, args: tuple[str, ...], said: str) -> None:
+def test_a_command_that_cannot_be_parsed_is_refused_with_one_error_beside_its_usage(
+    run: Any, args: tuple[str, ...], said: str
+) -> None:
     shown = run(*args)
     assert (shown.status, shown.out) == (2, "")
     assert "Traceback" not in shown.err
@@ -317,7 +364,10 @@ def test_a_command_that_cannot_be_parsed_is_refused_with_one_error_beside_its_us
     assert said in line
 
 
-@pytest.mark.parametrize("args", [("--help",), ("plan", "--help"), ("estimate", "--help"), ("layout", "--help"), ("--version",), ("layout", "grammar")])
+@pytest.mark.parametrize(
+    "args",
+    [("--help",), ("plan", "--help"), ("estimate", "--help"), ("layout", "--help"), ("--version",), ("layout", "grammar")],
+)
 def test_help_is_no_error(run: Any, args: tuple[str, ...]) -> None:
     said = run(*args)
     assert (said.status, said.err) == (0, "")

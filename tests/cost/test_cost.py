@@ -9,7 +9,7 @@ from dataclasses import replace
 from math import prod, sqrt
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright import api
@@ -45,7 +45,16 @@ GPT2 = replace(
     SMALL, name="gpt2-like", kv_heads=8, gated=False, rope=None, norm="layernorm", tied=True, qkv_bias=True, out_bias=True, mlp_bias=True,
     windows=(None, 16) * 4, vocab=101,
 )  # fmt: skip
-LAYOUTS = ("mb1", "dp4 mb2", "tp4 mb2", "tp4:sp mb1", "pp4 mb2", "pp2:gpipe mb4", "dp2:zero1 tp2:sp pp4 mb1", "dp2 tp2 pp2 mb1 order:pp-dp-cp-tp")
+LAYOUTS = (
+    "mb1",
+    "dp4 mb2",
+    "tp4 mb2",
+    "tp4:sp mb1",
+    "pp4 mb2",
+    "pp2:gpipe mb4",
+    "dp2:zero1 tp2:sp pp4 mb1",
+    "dp2 tp2 pp2 mb1 order:pp-dp-cp-tp",
+)
 
 
 def programs(model: Model, layout: Layout, work: Workload = WORK) -> Iterator[Program]:
@@ -62,7 +71,8 @@ def work_of(ops: tuple[Op, ...]) -> Iterator[Op]:
 
 def flops(pieces: tuple[tuple[Piece, int], ...], kind: type[Gemm] | type[Attention]) -> float:
     return sum(
-        repeat * sum(op.flops for op in work_of((*piece.forward, *piece.backward)) if isinstance(op, kind)) for piece, repeat in pieces
+        repeat * sum(op.flops for op in work_of((*piece.forward, *piece.backward)) if isinstance(op, kind))
+        for piece, repeat in pieces
     )
 
 
@@ -123,14 +133,18 @@ def test_recompute_adds_the_forward_of_the_layers_up_to_the_last_product(model: 
 def test_model_flops_are_six_a_multiplying_parameter_and_attention_over_the_square(name: str) -> None:
     model, seq = load_model(name), 1024
     attention = 12 * model.layers * model.heads * model.head_dim * seq
-    assert model_flops_per_token(model, seq) == pytest.approx(6 * multiplied(model) + attention, rel=2e-3)  # norms and biases
+    assert model_flops_per_token(model, seq) == pytest.approx(
+        6 * multiplied(model) + attention, rel=2e-3
+    )  # norms and biases
     assert model_flops_per_token(model, seq) >= 6 * multiplied(model) + attention
 
 
 def test_model_flops_of_gpt3_by_hand() -> None:
     """6 x (96 layers of 12 h^2, and the head) + 12 x layers x h x seq."""
     h = 12288
-    assert model_flops_per_token(load_model("gpt3-175b"), 2048) == pytest.approx(6 * (96 * 12 * h * h + 50257 * h) + 12 * 96 * h * 2048, rel=1e-3)
+    assert model_flops_per_token(load_model("gpt3-175b"), 2048) == pytest.approx(
+        6 * (96 * 12 * h * h + 50257 * h) + 12 * 96 * h * 2048, rel=1e-3
+    )
 
 
 # --- traffic, against section 2.5 of the fabric notes: bytes that a rank sends in a step
@@ -229,11 +243,16 @@ def test_state_bytes_of_one_rank(precision: str, state: tuple[int, int, int]) ->
 @pytest.mark.parametrize("dp", [2, 4, 16])
 def test_zero_1_cuts_the_optimizer_state_by_dp_and_nothing_else(dp: int) -> None:
     plain, cut = parse_layout(f"dp{dp} tp2 pp2 mb1"), parse_layout(f"dp{dp}:zero1 tp2 pp2 mb1")
-    whole, part = (stage_memory(rank_program(SMALL, x, WORK, Place(1)), x, layout_schedule(x, 2), 1, 0).categories for x in (plain, cut))
+    whole, part = (
+        stage_memory(rank_program(SMALL, x, WORK, Place(1)), x, layout_schedule(x, 2), 1, 0).categories
+        for x in (plain, cut)
+    )
     assert part["optimizer"] == pytest.approx(whole["optimizer"] / dp, rel=0.02)
     for name in ("parameters", "gradients"):
         assert part[name] == pytest.approx(whole[name], rel=0.01)
-    assert {k: part[k] for k in ("activations", "working", "overhead")} == {k: whole[k] for k in ("activations", "working", "overhead")}
+    assert {k: part[k] for k in ("activations", "working", "overhead")} == {
+        k: whole[k] for k in ("activations", "working", "overhead")
+    }
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
@@ -253,7 +272,10 @@ def test_full_recompute_keeps_only_the_input_of_a_layer() -> None:
     for layout, tokens in (("tp4 mb2 ac:full", 2 * 64), ("tp4:sp mb2 ac:full", 2 * 64 // 4)):
         piece = layer_piece(SMALL, parse_layout(layout), WORK.seq, None)
         assert piece.saved_bytes == tokens * SMALL.hidden * 2
-        assert piece.working_bytes == layer_piece(SMALL, parse_layout(layout.removesuffix(" ac:full")), WORK.seq, None).saved_bytes
+        assert (
+            piece.working_bytes
+            == layer_piece(SMALL, parse_layout(layout.removesuffix(" ac:full")), WORK.seq, None).saved_bytes
+        )
 
 
 def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
@@ -262,14 +284,18 @@ def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
         for stage, flying in enumerate(flights):
             program = rank_program(SMALL, layout, WORK, Place(stage))
             held = stage_memory(program, layout, layout_schedule(layout, 16), stage, overhead=7)
-            assert held.categories["activations"] == flying * sum(piece.saved_bytes * repeat for piece, repeat in program.pieces)
+            assert held.categories["activations"] == flying * sum(
+                piece.saved_bytes * repeat for piece, repeat in program.pieces
+            )
             assert held.categories["overhead"] == 7
             assert held.total_bytes == sum(held.categories.values())
 
 
 # --- seconds of a kernel
 
-POINTS = st.lists(st.tuples(st.floats(1.0, 1e12), st.floats(1e-3, 1e12)), min_size=1, max_size=6, unique_by=lambda p: p[0]).map(sorted)
+POINTS = st.lists(
+    st.tuples(st.floats(1.0, 1e12), st.floats(1e-3, 1e12)), min_size=1, max_size=6, unique_by=lambda p: p[0]
+).map(sorted)
 
 
 @given(POINTS, st.floats(0.1, 1e13))
@@ -300,7 +326,9 @@ H100, LOCAL = load_cluster("h100-superpod"), load_cluster("local")
 def test_a_large_product_runs_at_the_share_of_the_peak_and_a_thin_one_at_the_memorys_rate() -> None:
     kernels = Kernels(H100, "bf16", 1)
     assert kernels.gemm(Gemm("large", 8192, 8192, 8192)) == pytest.approx(2 * 8192**3 / (0.803 * 989e12))
-    assert kernels.gemm(Gemm("thin", 1, 8192, 8192)) == pytest.approx(2 * (8192 + 8192 + 8192**2) / kernels.memory_bandwidth)
+    assert kernels.gemm(Gemm("thin", 1, 8192, 8192)) == pytest.approx(
+        2 * (8192 + 8192 + 8192**2) / kernels.memory_bandwidth
+    )
     assert "published" in kernels.evidence
     assert "formula" in Kernels(load_cluster("mi300x-roce"), "fp32", 1).evidence
     with pytest.raises(UserError, match="h100-sxm has no fp64 rate; it has fp32,"):
@@ -308,8 +336,12 @@ def test_a_large_product_runs_at_the_share_of_the_peak_and_a_thin_one_at_the_mem
 
 
 def test_measured_rates_replace_the_formula() -> None:
-    matmul = tuple(MatmulPoint(precision="bf16", m=n, n=n, k=n, active=1, flops_per_s=rate) for n, rate in ((64, 1e12), (4096, 4e14)))
-    attention = (AttentionPoint(precision="bf16", flops=1e9, active=1, forward_flops_per_s=1e14, backward_flops_per_s=5e13),)
+    matmul = tuple(
+        MatmulPoint(precision="bf16", m=n, n=n, k=n, active=1, flops_per_s=rate) for n, rate in ((64, 1e12), (4096, 4e14))
+    )
+    attention = (
+        AttentionPoint(precision="bf16", flops=1e9, active=1, forward_flops_per_s=1e14, backward_flops_per_s=5e13),
+    )
     cluster = with_measured(H100, Measured(source="my bench", matmul=matmul, attention=attention, memory_bandwidth=1e12))
     kernels = Kernels(cluster, "bf16", 1)
     assert kernels.gemm(Gemm("measured", 4096, 4096, 4096)) == pytest.approx(2 * 4096**3 / 4e14)
@@ -333,7 +365,14 @@ RING = st.sampled_from(("all_reduce", "all_gather", "reduce_scatter"))
 BYTES = st.integers(1, 10**10)
 
 
-@given(SWITCHED, st.sampled_from(("all_reduce", "all_gather", "reduce_scatter", "send")), st.integers(2, 64), st.sampled_from((1, 2, 8)), BYTES, BYTES)
+@given(
+    SWITCHED,
+    st.sampled_from(("all_reduce", "all_gather", "reduce_scatter", "send")),
+    st.integers(2, 64),
+    st.sampled_from((1, 2, 8)),
+    BYTES,
+    BYTES,
+)
 def test_more_bytes_never_take_less_time(cluster: str, op: str, n: int, stride: int, one: int, other: int) -> None:
     t = times(load_cluster(cluster))
     less, more = sorted((one, other))
@@ -344,7 +383,9 @@ def test_more_bytes_never_take_less_time(cluster: str, op: str, n: int, stride: 
 def test_more_ranks_never_take_less_time(cluster: str, op: str, one: int, other: int, stride: int, nbytes: int) -> None:
     t = times(load_cluster(cluster))
     fewer, more = sorted((one, other))
-    assert t.seconds(Collective("tp", op, fewer, stride, nbytes)) <= t.seconds(Collective("tp", op, more, stride, nbytes)) * (1 + 1e-12)  # type: ignore[arg-type]
+    assert t.seconds(Collective("tp", op, fewer, stride, nbytes)) <= t.seconds(
+        Collective("tp", op, more, stride, nbytes)
+    ) * (1 + 1e-12)  # type: ignore[arg-type]
 
 
 @given(SWITCHED, st.sampled_from(("all_reduce", "all_gather", "reduce_scatter", "send")), st.integers(2, 8), BYTES)
@@ -393,8 +434,12 @@ def test_measured_points_are_used_where_there_are_any() -> None:
     assert t.seconds(Collective("pp", "send", 2, 1, 10**6)) == pytest.approx(2e-5)
     between = t.seconds(Collective("tp", "all_reduce", 8, 1, 10**7))
     assert 2e-5 < between < 1e-5 + 1e-3
-    assert t.seconds(Collective("tp", "all_reduce", 8, 1, 10**9)) == pytest.approx(10 * (1e-5 + 1e-3)), "beyond the largest: its rate"
-    assert t.seconds(Collective("tp", "all_reduce", 8, 1, 1)) == pytest.approx(1e-5 + 1e-8), "below the smallest: its latency"
+    assert t.seconds(Collective("tp", "all_reduce", 8, 1, 10**9)) == pytest.approx(10 * (1e-5 + 1e-3)), (
+        "beyond the largest: its rate"
+    )
+    assert t.seconds(Collective("tp", "all_reduce", 8, 1, 1)) == pytest.approx(1e-5 + 1e-8), (
+        "below the smallest: its latency"
+    )
     gather = Collective("tp", "all_gather", 8, 1, 10**6)
     assert t.seconds(gather) == times(H100).seconds(gather), "not measured"
     assert t.evidence == "measured: my bench"
@@ -405,7 +450,9 @@ def test_measured_points_are_used_where_there_are_any() -> None:
 def test_between_measured_group_sizes_more_ranks_never_take_less_time(one: int, other: int, nbytes: int) -> None:
     t = times(measured_at(H100, 2, 8))
     fewer, more = sorted((one, other))
-    assert t.seconds(Collective("tp", "all_reduce", fewer, 1, nbytes)) <= t.seconds(Collective("tp", "all_reduce", more, 1, nbytes)) * (1 + 1e-9)
+    assert t.seconds(Collective("tp", "all_reduce", fewer, 1, nbytes)) <= t.seconds(
+        Collective("tp", "all_reduce", more, 1, nbytes)
+    ) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("op", ["all_reduce", "send"])
@@ -416,7 +463,10 @@ def test_what_was_measured_inside_a_node_says_nothing_of_the_network(op: str) ->
 
 def test_a_point_of_no_bytes_is_refused_or_used_but_breaks_nothing() -> None:
     try:
-        points = (CollectivePoint(op="all_reduce", ranks=8, bytes=0, seconds=1e-5), CollectivePoint(op="all_reduce", ranks=8, bytes=10**6, seconds=1e-4))
+        points = (
+            CollectivePoint(op="all_reduce", ranks=8, bytes=0, seconds=1e-5),
+            CollectivePoint(op="all_reduce", ranks=8, bytes=10**6, seconds=1e-4),
+        )
     except ValueError:
         return
     cluster = with_measured(H100, Measured(source="x", collectives=points))
@@ -428,7 +478,13 @@ def test_a_point_of_no_bytes_is_refused_or_used_but_breaks_nothing() -> None:
 LLAMA_70B = load_model("llama-3-70b")
 
 
-def priced(layout: str, model: str | Model = "llama-3-8b", cluster: str | Cluster = "h100-superpod", seq: int = 2048, batch: int = 16) -> Estimate:
+def priced(
+    layout: str,
+    model: str | Model = "llama-3-8b",
+    cluster: str | Cluster = "h100-superpod",
+    seq: int = 2048,
+    batch: int = 16,
+) -> Estimate:
     return api.estimate(model=model, cluster=cluster, seq=seq, global_batch=batch, layout=layout)
 
 
@@ -454,7 +510,9 @@ def test_the_json_of_an_estimate_has_its_keys() -> None:
 def test_mfu_is_the_models_arithmetic_over_the_peak() -> None:
     e = priced("dp2 tp4 mb1")
     peak = H100.accelerator.peak_flops["bf16"]
-    assert e.mfu == pytest.approx(model_flops_per_token(load_model("llama-3-8b"), 2048) * 2048 * 16 / (e.step_time_s * 8 * peak))
+    assert e.mfu == pytest.approx(
+        model_flops_per_token(load_model("llama-3-8b"), 2048) * 2048 * 16 / (e.step_time_s * 8 * peak)
+    )
     assert 0.2 < e.mfu < 0.75
     assert e.hfu == e.mfu
 
@@ -465,7 +523,9 @@ def test_hardware_flops_count_what_is_recomputed_and_no_more(layout: str) -> Non
     e = priced(f"{layout} mb1 ac:full")
     assert e.mfu < priced(f"{layout} mb1").mfu
     model = load_model("llama-3-8b")
-    repeated = sum(prod(p.shape) for p in parameters(model) if p.decay and p.layer is not None and ".mlp.down." not in p.name)
+    repeated = sum(
+        prod(p.shape) for p in parameters(model) if p.decay and p.layer is not None and ".mlp.down." not in p.name
+    )
     attention = 12 * model.layers * model.heads * model.head_dim * 2048
     expected = (6 * multiplied(model) + 2 * repeated + attention * 4 / 3) / (6 * multiplied(model) + attention)
     assert e.hfu / e.mfu == pytest.approx(expected, rel=5e-3)
@@ -496,7 +556,12 @@ def test_stages_with_other_windows_are_priced_apart() -> None:
 
 
 def test_what_cannot_be_priced_is_refused() -> None:
-    for layout, said in (("cp2", "cp2: the cp axis is not built"), ("tp5", "tp 5 does not divide"), ("pp33", "32 layers"), ("dp3", "does not divide 16")):
+    for layout, said in (
+        ("cp2", "cp2: the cp axis is not built"),
+        ("tp5", "tp 5 does not divide"),
+        ("pp33", "32 layers"),
+        ("dp3", "does not divide 16"),
+    ):
         with pytest.raises(UserError, match=said):
             priced(layout)
     with pytest.raises(UserError, match="local is one node of 4 ranks"):
@@ -524,7 +589,9 @@ def test_the_closed_form_is_near_the_played_schedule() -> None:
 
 def test_ranks_that_share_cores_are_no_quicker_than_the_cores() -> None:
     """On the local cluster two ranks compute at once: four ranks cannot be four times as quick as one."""
-    one, four = (priced(layout, model="llama-small", cluster="local", seq=256, batch=8) for layout in ("mb1 fp32", "dp4 mb1 fp32"))
+    one, four = (
+        priced(layout, model="llama-small", cluster="local", seq=256, batch=8) for layout in ("mb1 fp32", "dp4 mb1 fp32")
+    )
     assert one.step_time_s / 2 < four.step_time_s < one.step_time_s * 1.5
     assert not times(LOCAL).hides
     assert times(H100).hides

@@ -39,7 +39,12 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("tp: no all-reduce after row-parallel and embedding", "collectives", (("        group.all_reduce(x)\n", ""),), "tp2 mb4"),
+    Mutant(
+        "tp: no all-reduce after row-parallel and embedding",
+        "collectives",
+        (("        group.all_reduce(x)\n", ""),),
+        "tp2 mb4",
+    ),
     Mutant(
         "tp: no reduce-scatter after row-parallel and embedding",
         "collectives",
@@ -61,23 +66,53 @@ MUTANTS = (
     Mutant(
         "tp: no second all-gather for the weight gradient",
         "tensor",
-        (("regather = group.all_gather(x, local, wait=False)", f"x.copy_(local.repeat(group.size, 1)); regather = {DONE}"),),
+        (
+            (
+                "regather = group.all_gather(x, local, wait=False)",
+                f"x.copy_(local.repeat(group.size, 1)); regather = {DONE}",
+            ),
+        ),
         "tp2:sp mb4",
     ),
     Mutant(
         "tp: no reduce-scatter of dx",
         "tensor",
-        (("reduction = group.reduce_scatter(dx_out, dx, wait=False)", f"dx_out.copy_(dx.chunk(group.size)[group.index]); reduction = {DONE}"),),
+        (
+            (
+                "reduction = group.reduce_scatter(dx_out, dx, wait=False)",
+                f"dx_out.copy_(dx.chunk(group.size)[group.index]); reduction = {DONE}",
+            ),
+        ),
         "tp2:sp mb4",
     ),
-    Mutant("tp: no all-reduce of dx", "tensor", (("reduction = group.all_reduce(dx_out, wait=False)", f"reduction = {DONE}"),), "tp2 mb4"),
-    Mutant("tp: no all-reduce of the largest logit", "vocab", (("        group.all_reduce(top, op=dist.ReduceOp.MAX)\n", ""),), "tp2 mb4"),
+    Mutant(
+        "tp: no all-reduce of dx",
+        "tensor",
+        (("reduction = group.all_reduce(dx_out, wait=False)", f"reduction = {DONE}"),),
+        "tp2 mb4",
+    ),
+    Mutant(
+        "tp: no all-reduce of the largest logit",
+        "vocab",
+        (("        group.all_reduce(top, op=dist.ReduceOp.MAX)\n", ""),),
+        "tp2 mb4",
+    ),
     Mutant("tp: no all-reduce of the loss's sums", "vocab", (("        group.all_reduce(sums)\n", ""),), "tp2 mb4"),
-    Mutant("dp: no all-reduce of gradients", "data", (("handle = group.all_reduce(bucket.gradients, wait=False)", f"handle = {DONE}"),), "dp2 mb2"),
+    Mutant(
+        "dp: no all-reduce of gradients",
+        "data",
+        (("handle = group.all_reduce(bucket.gradients, wait=False)", f"handle = {DONE}"),),
+        "dp2 mb2",
+    ),
     Mutant(
         "dp: no reduce-scatter of gradients (ZeRO-1)",
         "data",
-        (("handle = group.reduce_scatter(bucket.gradients[bucket.owned], bucket.gradients, wait=False)", f"handle = {DONE}"),),
+        (
+            (
+                "handle = group.reduce_scatter(bucket.gradients[bucket.owned], bucket.gradients, wait=False)",
+                f"handle = {DONE}",
+            ),
+        ),
         "dp2:zero1 mb2",
     ),
     Mutant(
@@ -90,7 +125,12 @@ MUTANTS = (
         Mutant(
             f"{where}: replicas' gradients not summed",
             "data",
-            (("            if bucket.plan.partial and bucket.plan.replicas:", f'            if bucket.plan.partial and bucket.plan.replicas != "{name}":'),),
+            (
+                (
+                    "            if bucket.plan.partial and bucket.plan.replicas:",
+                    f'            if bucket.plan.partial and bucket.plan.replicas != "{name}":',
+                ),
+            ),
             layout,
             model,
         )
@@ -101,7 +141,9 @@ MUTANTS = (
             ("pp (tied embedding)", "embedding", "pp2 mb2", "tied"),
         )
     ),
-    Mutant("dp: tokens not counted over ranks", "apply", (('        self.mesh["dp"].all_reduce(counted)\n', ""),), "dp2 mb2"),
+    Mutant(
+        "dp: tokens not counted over ranks", "apply", (('        self.mesh["dp"].all_reduce(counted)\n', ""),), "dp2 mb2"
+    ),
     *(
         Mutant(
             f"{axis}: loss and gradient norm not summed",
@@ -112,17 +154,26 @@ MUTANTS = (
         for axis, axes in (("tp", ("cp", "pp", "dp")), ("pp", ("tp", "cp", "dp")), ("dp", ("tp", "cp", "pp")))
     ),
     Mutant(
-        "pp: activations not sent", "pipeline", (("return self.outputs[action.micro_batch].detach()", "return self.outputs[action.micro_batch].detach() * 0"),), "pp2 mb2"
+        "pp: activations not sent",
+        "pipeline",
+        (("return self.outputs[action.micro_batch].detach()", "return self.outputs[action.micro_batch].detach() * 0"),),
+        "pp2 mb2",
     ),
-    Mutant("pp: gradients not sent", "pipeline", (("        return gradient\n", "        return gradient * 0\n"),), "pp2 mb2"),
+    Mutant(
+        "pp: gradients not sent", "pipeline", (("        return gradient\n", "        return gradient * 0\n"),), "pp2 mb2"
+    ),
     Mutant("scale: loss divided by the count twice", "pipeline", (("* self.scale", "* self.scale * self.scale"),), "mb4"),
     Mutant("scale: every tp rank counts the loss", "apply", (("loss.double() * alone", "loss.double()"),), "tp2 mb4"),
-    Mutant("scale: every dp rank counts the norm", "data", (("        shared = ", "        shared = False and "),), "dp2 mb2"),
+    Mutant(
+        "scale: every dp rank counts the norm", "data", (("        shared = ", "        shared = False and "),), "dp2 mb2"
+    ),
     Mutant("scale: every replica counts the norm", "data", (("self.mesh.owns(bucket.plan.replicas)", "True"),), "tp2 mb4"),
 )
 
 
-def run_mutant(mutant: Mutant | None, model: Model, workload: Workload, layout: Layout) -> tuple[list[float], workers.Gradients, list[float]]:
+def run_mutant(
+    mutant: Mutant | None, model: Model, workload: Workload, layout: Layout
+) -> tuple[list[float], workers.Gradients, list[float]]:
     """(figures and gradients of step 1, losses of three steps) with the mutant in place; None: the engine as it is."""
     with installed(mutant):
         figures, gradients = workers.gradients_of_step_1(model, workload, layout)

@@ -26,7 +26,9 @@ def notices(mutant: Mutant | None, name: str, layout: str) -> bool:
     """Whether any rank's figures differ from those of one process."""
     figures, gradients, losses = reference(name)
     parsed = parse_layout(f"{layout} fp64")
-    for rank_figures, rank_gradients, rank_losses in run_distributed(run_mutant, parsed.world, mutant, MODELS[name], WORKLOAD, parsed):
+    for rank_figures, rank_gradients, rank_losses in run_distributed(
+        run_mutant, parsed.world, mutant, MODELS[name], WORKLOAD, parsed
+    ):
         if rank_figures != pytest.approx(figures, rel=TOLERANCE) or rank_losses != pytest.approx(losses, rel=TOLERANCE):
             return True
         for shard, gradient in rank_gradients:

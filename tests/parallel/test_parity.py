@@ -20,7 +20,9 @@ STEPS = 50
 
 @lru_cache
 def one_process(model: Model, precision: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    figures, gradients = run_distributed(workers.gradients_of_step_1, 1, model, WORKLOAD, parse_layout(f"mb1 {precision}"))[0]
+    figures, gradients = run_distributed(workers.gradients_of_step_1, 1, model, WORKLOAD, parse_layout(f"mb1 {precision}"))[
+        0
+    ]
     return figures, {shard.name: gradient for shard, gradient in gradients}
 
 
@@ -51,7 +53,9 @@ def test_gradients_of_step_1(name: str, layout: str, precision: str) -> None:
     for rank_figures, gradients in ranks:
         assert rank_figures == pytest.approx(figures, rel=TOLERANCE[precision])
         for shard, gradient in gradients:
-            error = (workers.cut(reference[shard.name], shard) - gradient).abs().max() / scale_of(shard.name, reference, model)
+            error = (workers.cut(reference[shard.name], shard) - gradient).abs().max() / scale_of(
+                shard.name, reference, model
+            )
             assert error <= TOLERANCE[precision], f"{shard.name}: relative error {error:.1e}"
             seen.add(shard.name)
     assert seen == {p.name for p in parameters(model)}
@@ -65,7 +69,9 @@ def test_loss_after_50_steps(name: str, layout: str, precision: str) -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("name", "precision"), [("few-kv-heads", "fp64"), ("tied", "fp32"), ("untied", "fp32"), ("untied", "fp64")])
+@pytest.mark.parametrize(
+    ("name", "precision"), [("few-kv-heads", "fp64"), ("tied", "fp32"), ("untied", "fp32"), ("untied", "fp64")]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_after_50_steps_all(name: str, layout: str, precision: str) -> None:
     check_losses(name, layout, precision)

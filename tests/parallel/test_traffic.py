@@ -23,7 +23,9 @@ def test_predicted_equals_counted(name: str, layout: str, precision: str) -> Non
     model, parsed = MODELS[name], parse_layout(f"{layout} {precision}")
     for rank in run_distributed(workers.held_and_sent, parsed.world, model, WORKLOAD, parsed):
         program = rank_program(model, parsed, WORKLOAD, Place(rank["stage"], rank["tp"]))
-        predicted = [(s.axis, s.op, s.group_size, s.count, s.bytes) for s in step_traffic(program, micro_batches(parsed, WORKLOAD))]
+        predicted = [
+            (s.axis, s.op, s.group_size, s.count, s.bytes) for s in step_traffic(program, micro_batches(parsed, WORKLOAD))
+        ]
         assert rank["ledger"] == predicted
         assert rank["state"] == state_bytes(program, parsed)
 

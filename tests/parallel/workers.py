@@ -53,7 +53,8 @@ def local_batch(model: Model, workload: Workload, engine: Engine, step: int = 0)
     mine = global_batch(model, workload, step)[engine.mesh["dp"].index * per_rank :][:per_rank]
     size = layout.micro_batch
     return [
-        (torch.cat([t for t, _ in mine[i : i + size]]), torch.cat([y for _, y in mine[i : i + size]])) for i in range(0, per_rank, size)
+        (torch.cat([t for t, _ in mine[i : i + size]]), torch.cat([y for _, y in mine[i : i + size]]))
+        for i in range(0, per_rank, size)
     ]
 
 

@@ -38,7 +38,14 @@ def llama_70b() -> Plan:
 
 def test_70b_on_640_h100_is_no_slower_than_what_a_person_would_take() -> None:
     found = llama_70b()
-    usual = api.estimate(model="llama-3-70b", cluster="h100-superpod", gpus=640, seq=4096, global_batch=1280, layout="dp20:zero1 tp8:sp pp4 mb1")
+    usual = api.estimate(
+        model="llama-3-70b",
+        cluster="h100-superpod",
+        gpus=640,
+        seq=4096,
+        global_batch=1280,
+        layout="dp20:zero1 tp8:sp pp4 mb1",
+    )
     assert found.best is not None
     assert found.best.estimate.fits
     assert usual.fits
@@ -56,8 +63,14 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "cluster", "gpus", "seq", "batch", "precision"), PROBLEMS, ids=[f"{p[0]} {p[5]} on {p[2]} {p[1]}" for p in PROBLEMS])
-def test_the_answer_is_that_of_pricing_every_legal_layout(model: str, cluster: str, gpus: int, seq: int, batch: int, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "cluster", "gpus", "seq", "batch", "precision"),
+    PROBLEMS,
+    ids=[f"{p[0]} {p[5]} on {p[2]} {p[1]}" for p in PROBLEMS],
+)
+def test_the_answer_is_that_of_pricing_every_legal_layout(
+    model: str, cluster: str, gpus: int, seq: int, batch: int, precision: str
+) -> None:
     loaded, machine, work = load_model(model), load_cluster(cluster), Workload(seq, batch)
     estimator = Estimator(loaded, machine, work)
     every = [estimator.estimate(x) for x in legal_layouts(loaded, work, gpus, precision)]  # type: ignore[arg-type]
@@ -116,13 +129,20 @@ def test_every_alternative_has_its_reason() -> None:
         assert not candidate.estimate.fits or candidate.estimate.step_time_s >= found.best.estimate.step_time_s
         sensible(candidate.reason)
         x = candidate.estimate.layout
-        meaning = {"no pipeline": x.pp == 1, "no tensor parallel": x.tp == 1, "full recompute": x.recompute == "full", "no ZeRO": x.zero == 0}
+        meaning = {
+            "no pipeline": x.pp == 1,
+            "no tensor parallel": x.tp == 1,
+            "full recompute": x.recompute == "full",
+            "no ZeRO": x.zero == 0,
+        }
         assert meaning.get(name, True)
     for candidate in found.candidates[1:]:
         sensible(candidate.reason)
 
 
-@pytest.mark.parametrize(("model", "cluster", "gpus", "seq", "batch"), [p[:5] for p in PROBLEMS[:3]] + [("gpt2-xl", "h100-superpod", 8, 512, 24)])
+@pytest.mark.parametrize(
+    ("model", "cluster", "gpus", "seq", "batch"), [p[:5] for p in PROBLEMS[:3]] + [("gpt2-xl", "h100-superpod", 8, 512, 24)]
+)
 def test_every_layout_that_loses_has_a_sensible_reason(model: str, cluster: str, gpus: int, seq: int, batch: int) -> None:
     loaded, machine, work = load_model(model), load_cluster(cluster), Workload(seq, batch)
     estimator = Estimator(loaded, machine, work)
@@ -152,7 +172,9 @@ def test_nothing_fits_names_the_nearest_and_what_it_lacks() -> None:
     assert found.alternatives == ()
     [nearest] = found.candidates
     assert not nearest.estimate.fits
-    assert re.search(r"needs \d+\.\d GiB of 80\.0, \d+\.\d of it (optimizer|parameters|gradients|activations)", nearest.reason)
+    assert re.search(
+        r"needs \d+\.\d GiB of 80\.0, \d+\.\d of it (optimizer|parameters|gradients|activations)", nearest.reason
+    )
     assert found.as_dict()["best"] is None
 
 
@@ -163,13 +185,17 @@ def test_layouts_that_fit_by_the_closed_form_alone_are_no_answer() -> None:
     leanest = min((estimator.quick(x).peak_bytes, str(x), x) for x in legal_layouts(model, work, 8, "bf16"))[2]
     near, exact = estimator.quick(leanest).peak_bytes, estimator.estimate(leanest).peak_bytes
     assert near < exact
-    tight = cluster.model_copy(update={"accelerator": cluster.accelerator.model_copy(update={"memory_bytes": (near + exact) // 2})})
+    tight = cluster.model_copy(
+        update={"accelerator": cluster.accelerator.model_copy(update={"memory_bytes": (near + exact) // 2})}
+    )
     found = plan(model, tight, work, 8)
     assert found.best is None
     assert "does not fit" in found.candidates[0].reason
 
 
-@pytest.mark.parametrize(("gpus", "batch", "model"), [(37, 8, "llama-3-8b"), (1009, 8, "llama-3-8b"), (26, 4, "gpt2"), (83, 5, "llama-3-70b")])
+@pytest.mark.parametrize(
+    ("gpus", "batch", "model"), [(37, 8, "llama-3-8b"), (1009, 8, "llama-3-8b"), (26, 4, "gpt2"), (83, 5, "llama-3-70b")]
+)
 def test_no_legal_layout_names_the_nearest_counts(gpus: int, batch: int, model: str) -> None:
     with pytest.raises(UserError) as refused:
         api.plan(model=model, cluster="h100-superpod", gpus=gpus, seq=1024, global_batch=batch)
@@ -231,7 +257,9 @@ def test_the_space_is_every_legal_layout_once(model: str, gpus: int, batch: int,
         refuse_unbuilt(layout)
     expected = set()
     degrees = [t for t in product(divisors(gpus), repeat=3) if prod(t) == gpus]
-    for (dp, tp, pp), mb, sp, zero, recompute in product(degrees, range(1, MAX_MICRO_BATCH + 1), (False, True), (0, 1), ("none", "full")):
+    for (dp, tp, pp), mb, sp, zero, recompute in product(
+        degrees, range(1, MAX_MICRO_BATCH + 1), (False, True), (0, 1), ("none", "full")
+    ):
         try:
             layout = Layout(dp=dp, tp=tp, pp=pp, micro_batch=mb, sp=sp, zero=zero, recompute=recompute)  # type: ignore[arg-type]
             check_layout(layout, loaded, work)

@@ -68,7 +68,26 @@ def test_two_stages_by_hand() -> None:
         "1f1b", 2, written("F0 sF0 F1 sF1 rB0 B0 rB1 B1", "rF0 F0 B0 sB0 rF1 F1 B1 sB1").actions
     )
     assert [str(action) for action in make_schedule("1f1b", 3, 3).actions[1]] == (
-        "rF0 F0 sF0 rF1 F1 sF1 rB0 B0 sB0 rF2 F2 sF2 rB1 B1 sB1 rB2 B2 sB2".split()
+        [
+            "rF0",
+            "F0",
+            "sF0",
+            "rF1",
+            "F1",
+            "sF1",
+            "rB0",
+            "B0",
+            "sB0",
+            "rF2",
+            "F2",
+            "sF2",
+            "rB1",
+            "B1",
+            "sB1",
+            "rB2",
+            "B2",
+            "sB2",
+        ]
     )
 
 
@@ -116,7 +135,7 @@ def test_peak_in_flight_is_what_the_lists_hold(name: str, stages: int, m: int) -
 
 def test_a_layout_without_pipeline_runs_its_micro_batches_in_turn() -> None:
     schedule = layout_schedule(Layout(dp=4), 3)
-    assert [str(action) for [*actions] in schedule.actions for action in actions] == "F0 B0 F1 B1 F2 B2".split()
+    assert [str(action) for [*actions] in schedule.actions for action in actions] == ["F0", "B0", "F1", "B1", "F2", "B2"]
     assert schedule.in_flight(0) == 1
     assert layout_schedule(Layout(pp=4, schedule="gpipe"), 3) == make_schedule("gpipe", 4, 3)
 
@@ -192,7 +211,10 @@ def test_an_action_for_another_micro_batch_is_refused(case: tuple[Schedule, int,
 
 
 def test_a_micro_batch_that_is_not_there_is_refused_though_every_stage_runs_it() -> None:
-    renamed = tuple(tuple(Action(a.kind, 7 if a.micro_batch == 1 else a.micro_batch) for a in actions) for actions in make_schedule("1f1b", 2, 3).actions)
+    renamed = tuple(
+        tuple(Action(a.kind, 7 if a.micro_batch == 1 else a.micro_batch) for a in actions)
+        for actions in make_schedule("1f1b", 2, 3).actions
+    )
     assert "7" in refusal(Schedule("renamed", 3, renamed))
 
 
@@ -225,7 +247,9 @@ def test_a_deadlock_names_the_stages_and_what_they_wait_in(stages: tuple[str, ..
 def test_neighbours_that_exchange_in_one_batch_do_not_deadlock() -> None:
     """Both directions are posted together; apart, in the same order on both sides, they would wait for ever."""
     schedule = make_schedule("1f1b", 3, 4)
-    exchanged = [batch for actions in schedule.actions for batch in batches(actions) if len({a.kind.is_send for a in batch}) == 2]
+    exchanged = [
+        batch for actions in schedule.actions for batch in batches(actions) if len({a.kind.is_send for a in batch}) == 2
+    ]
     assert exchanged
     for actions in schedule.actions:
         assert [action for batch in batches(actions) for action in batch] == list(actions)
@@ -249,19 +273,28 @@ def test_the_bubble_is_the_closed_form(name: str, p: int, m: int, forward: int, 
 def priced(draw: st.DrawFn) -> tuple[Schedule, list[int], list[int], int]:
     stages = draw(st.integers(1, 5))
     seconds = st.lists(st.integers(1, 9), min_size=stages, max_size=stages)
-    return make_schedule(draw(NAMES), stages, draw(st.integers(1, 8))), draw(seconds), draw(seconds), draw(st.integers(0, 4))
+    return (
+        make_schedule(draw(NAMES), stages, draw(st.integers(1, 8))),
+        draw(seconds),
+        draw(seconds),
+        draw(st.integers(0, 4)),
+    )
 
 
 @settings(deadline=None)
 @given(priced())
-def test_nothing_starts_before_its_input_arrives_or_while_the_stage_is_busy(case: tuple[Schedule, list[int], list[int], int]) -> None:
+def test_nothing_starts_before_its_input_arrives_or_while_the_stage_is_busy(
+    case: tuple[Schedule, list[int], list[int], int],
+) -> None:
     schedule, forward, backward, send = case
     timeline = play(schedule, forward, backward, send)
     ends = {(s.stage, s.kind, s.micro_batch): s.end for s in timeline.spans}
     assert len(ends) == len(timeline.spans) == 2 * schedule.stages * schedule.micro_batches
     for stage in range(schedule.stages):
         its = [span for span in timeline.spans if span.stage == stage]
-        assert [(s.kind, s.micro_batch) for s in its] == [(a.kind, a.micro_batch) for a in schedule.actions[stage] if a.kind.is_compute]
+        assert [(s.kind, s.micro_batch) for s in its] == [
+            (a.kind, a.micro_batch) for a in schedule.actions[stage] if a.kind.is_compute
+        ]
         assert all(one.end <= other.start for one, other in pairwise(its))
         for span in its:
             assert span.end - span.start == (forward if span.kind is Kind.FORWARD else backward)[stage]
@@ -312,7 +345,11 @@ def test_distinct_stages_stand_for_all(layers: int, stages: int) -> None:
     assert [first for first, _ in kinds] == sorted({first for first, _ in kinds})
     assert kinds[0][0] == 0
     for first, count in kinds:
-        alike = [s for s in range(stages) if (s == 0, s == stages - 1, counts[s]) == (first == 0, first == stages - 1, counts[first])]
+        alike = [
+            s
+            for s in range(stages)
+            if (s == 0, s == stages - 1, counts[s]) == (first == 0, first == stages - 1, counts[first])
+        ]
         assert (alike[0], len(alike)) == (first, count)
 
 
@@ -323,7 +360,9 @@ def test_distinct_stages_stand_for_all(layers: int, stages: int) -> None:
 def shard_lists(draw: st.DrawFn) -> list[Shard]:
     """Small and large ones, so that some fill a bucket alone."""
     sizes = draw(st.lists(st.one_of(st.integers(1, 300), st.integers(1, 30 * 2**20)), min_size=1, max_size=20))
-    treatments = st.sampled_from([(True, None, False), (False, None, False), (False, "tp", True), (True, "kv", True), (True, "embedding", True)])
+    treatments = st.sampled_from(
+        [(True, None, False), (False, None, False), (False, "tp", True), (True, "kv", True), (True, "embedding", True)]
+    )
     out = []
     for i, numel in enumerate(sizes):
         decay, replicas, partial = draw(treatments)
@@ -339,12 +378,16 @@ def test_buckets(shards: list[Shard], ranks: int, cuts: int, element_bytes: int)
 
     assert sorted(s.name for bucket in buckets for s in bucket.shards) == sorted(s.name for s in shards), "every shard once"
     for bucket in buckets:
-        assert {(s.decay, s.replicas, s.partial) for s in bucket.shards} == {(bucket.decay, bucket.replicas, bucket.partial)}
+        assert {(s.decay, s.replicas, s.partial) for s in bucket.shards} == {
+            (bucket.decay, bucket.replicas, bucket.partial)
+        }
         assert len(bucket.offsets) == len(bucket.shards)
         ends = [offset + s.numel for offset, s in zip(bucket.offsets, bucket.shards, strict=True)]
         assert all(offset % ALIGNMENT == 0 for offset in bucket.offsets)
         assert bucket.offsets[0] == 0
-        assert all(0 <= start - end < ALIGNMENT for end, start in zip(ends, bucket.offsets[1:], strict=False)), "disjoint, without holes"
+        assert all(0 <= start - end < ALIGNMENT for end, start in zip(ends, bucket.offsets[1:], strict=False)), (
+            "disjoint, without holes"
+        )
         assert bucket.numel % cuts == 0
         assert 0 <= bucket.numel - ends[-1] < ALIGNMENT + cuts, "room for all, and no more"
         assert ends[-1] <= limit or len(bucket.shards) == 1

@@ -73,7 +73,9 @@ def test_groups_of_two_axes_meet_in_one_rank(grid: Grid) -> None:
 
 
 @given(tp=DEGREES, cp=DEGREES, dp=DEGREES, pp=DEGREES)
-def test_by_default_tensor_parallel_ranks_are_neighbours_and_stages_are_furthest_apart(tp: int, cp: int, dp: int, pp: int) -> None:
+def test_by_default_tensor_parallel_ranks_are_neighbours_and_stages_are_furthest_apart(
+    tp: int, cp: int, dp: int, pp: int
+) -> None:
     grid = Grid(Layout(tp=tp, cp=cp, dp=dp, pp=pp))
     assert grid.groups("tp") == [tuple(range(first, first + tp)) for first in range(0, grid.world, tp)]
     assert grid.group("pp", 0) == tuple(range(0, grid.world, grid.world // pp))

@@ -171,7 +171,9 @@ FIELDS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("fields", "said"), FIELDS, ids=[str(fields) for fields, _ in FIELDS])
-def test_a_layout_that_cannot_be_is_refused_with_its_values_and_the_legal_ones(fields: dict[str, Any], said: tuple[str, ...]) -> None:
+def test_a_layout_that_cannot_be_is_refused_with_its_values_and_the_legal_ones(
+    fields: dict[str, Any], said: tuple[str, ...]
+) -> None:
     with pytest.raises(UserError) as refused:
         Layout(**fields)
     message = str(refused.value)

@@ -171,7 +171,9 @@ def test_a_cluster_without_network_has_room_for_one_node() -> None:
     local = load_cluster("local")
     check_room(parse_layout(f"dp{local.node.accelerators}"), local)
     check_room(parse_layout("dp64 tp8"), load_cluster("h100-superpod"))
-    with pytest.raises(UserError, match=r"local is one node of 4 ranks without a network, but the layout needs 8:.*--ranks 8") as refused:
+    with pytest.raises(
+        UserError, match=r"local is one node of 4 ranks without a network, but the layout needs 8:.*--ranks 8"
+    ) as refused:
         check_room(parse_layout("dp8"), local)
     assert "\n" not in str(refused.value)
 
@@ -182,7 +184,9 @@ def test_micro_batches_close_the_batch_equation(dp: int, mb: int, m: int) -> Non
     assert micro_batches(layout, Workload(seq=32, global_batch=dp * mb * m)) == m
 
 
-@pytest.mark.parametrize(("seq", "batch", "said"), [(0, 8, "seq must be at least 1, got 0"), (8, -1, "global_batch must be at least 1, got -1")])
+@pytest.mark.parametrize(
+    ("seq", "batch", "said"), [(0, 8, "seq must be at least 1, got 0"), (8, -1, "global_batch must be at least 1, got -1")]
+)
 def test_a_workload_of_nothing_is_refused(seq: int, batch: int, said: str) -> None:
     with pytest.raises(UserError, match=rf"^{said}$"):
         Workload(seq, batch)
@@ -216,7 +220,9 @@ def test_a_mode_that_is_not_built_is_refused(layout: str, said: tuple[str, ...])
         assert part in str(refused.value)
 
 
-@pytest.mark.parametrize("layout", ["mb1", "dp2:zero1 tp2:sp pp2:gpipe mb1 ac:full fp32", "pp2 fp64", "dp2 order:pp-dp-cp-tp"])
+@pytest.mark.parametrize(
+    "layout", ["mb1", "dp2:zero1 tp2:sp pp2:gpipe mb1 ac:full fp32", "pp2 fp64", "dp2 order:pp-dp-cp-tp"]
+)
 def test_a_mode_that_is_built_is_not(layout: str) -> None:
     refuse_unbuilt(parse_layout(layout))
 

@@ -53,7 +53,10 @@ def splits(draw: st.DrawFn) -> tuple[Model, Layout]:
         tied=draw(st.booleans()),
     )
     layout = Layout(
-        tp=tp, pp=draw(st.integers(1, model.layers)), dp=draw(st.sampled_from((1, 2))), sp=tp > 1 and 16 % tp == 0 and draw(st.booleans())
+        tp=tp,
+        pp=draw(st.integers(1, model.layers)),
+        dp=draw(st.sampled_from((1, 2))),
+        sp=tp > 1 and 16 % tp == 0 and draw(st.booleans()),
     )
     check_layout(layout, model, WORK)
     return model, layout
@@ -116,7 +119,9 @@ def test_all_ranks_together_hold_each_parameter_once_beside_its_replicas(split: 
     for stage in range(layout.pp):
         for tp_rank in range(layout.tp):
             its = held(model, layout, stage, tp_rank)
-            total += sum(12 * shard.numel // expected_replicas(model, layout, shard) for shard in its)  # 12: divides by 1, 2, 3, 4 and 6
+            total += sum(
+                12 * shard.numel // expected_replicas(model, layout, shard) for shard in its
+            )  # 12: divides by 1, 2, 3, 4 and 6
     assert total == 12 * sum(parameter.numel for parameter in parameters(model))
 
 
@@ -153,14 +158,29 @@ def test_the_ranks_of_a_key_value_group_hold_the_same_head_and_its_queries(split
             for other in grid.kv_group(rank, layout.tp // model.kv_heads):
                 theirs = {s.name: s for s in held(model, layout, 0, grid.coordinates(other)["tp"])}
                 assert theirs[keys.name] == keys
-        query_heads = {row // model.head_dim for row in (rows_held(queries) if queries.dim == 0 else range(queries.numel // model.hidden))}
-        key_heads = {row // model.head_dim for row in (rows_held(keys) if keys.dim == 0 else range(keys.numel // model.hidden))}
+        query_heads = {
+            row // model.head_dim
+            for row in (rows_held(queries) if queries.dim == 0 else range(queries.numel // model.hidden))
+        }
+        key_heads = {
+            row // model.head_dim for row in (rows_held(keys) if keys.dim == 0 else range(keys.numel // model.hidden))
+        }
         assert {head // per_group for head in query_heads} == key_heads
 
 
 def test_an_uneven_vocabulary_by_hand() -> None:
     model = Model(
-        name="m", family="llama", layers=2, hidden=4, ffn=8, vocab=101, heads=4, kv_heads=2, head_dim=2, max_positions=8, tied=True
+        name="m",
+        family="llama",
+        layers=2,
+        hidden=4,
+        ffn=8,
+        vocab=101,
+        heads=4,
+        kv_heads=2,
+        head_dim=2,
+        max_positions=8,
+        tied=True,
     )
     layout = Layout(tp=4, pp=2)
     rows = [[s for s in held(model, layout, stage, rank) if s.name == TIED_NAME] for stage in (0, 1) for rank in range(4)]

@@ -13,13 +13,13 @@ from meshwright.train.launch import RankFailed, launch, outer_launcher
 
 def test_a_rank_that_fails_stops_the_others_and_is_named() -> None:
     began = time.monotonic()
-    with pytest.raises(RankFailed, match=r"rank 1 of 3 failed first .*: OSError: the disk of rank 1 is on fire"):
+    with pytest.raises(RankFailed, match="rank 1 of 3 failed first: OSError: the disk of rank 1 is on fire"):
         launch(train_workers.die_at_start, 3)
     assert time.monotonic() - began < 60
 
 
 def test_a_rank_that_is_killed_is_named() -> None:
-    with pytest.raises(RankFailed, match=r"rank 1 of 2 failed first \(exit code -9\)"):
+    with pytest.raises(RankFailed, match="rank 1 of 2 was killed by signal 9"):
         launch(train_workers.killed_at_start, 2)
 
 
@@ -27,7 +27,13 @@ def test_the_outer_launcher() -> None:
     assert outer_launcher({}) is None
     torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "1"}
     assert outer_launcher(torchrun) == {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
-    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_JOB_ID": "77"}
+    slurm = {
+        "SLURM_PROCID": "5",
+        "SLURM_NTASKS": "16",
+        "SLURM_LOCALID": "1",
+        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
+        "SLURM_JOB_ID": "77",
+    }
     found = outer_launcher(slurm)
     assert found == {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "20077"}
     with pytest.raises(UserError, match="MASTER_ADDR"):

@@ -25,7 +25,10 @@ def bench(
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("this machine", total=1.0)
         cluster = measure_cluster(
-            ranks, seconds=seconds, base=None, progress=lambda what, share: bar.update(task, description=what, completed=share)
+            ranks,
+            seconds=seconds,
+            base=None,
+            progress=lambda what, share: bar.update(task, description=what, completed=share),
         )
     write_text_atomically(out, dump_cluster(cluster))
     rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in cluster.accelerator.peak_flops.items())

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from meshwright.cli.shared import AsJson, Cluster, GlobalBatch, Gpus, Model, Seq, print_json, show
+from meshwright.cli.shared import AsJson, Cluster, GlobalBatch, Model, Seq, print_json, show
 
 
 def estimate(
@@ -16,7 +16,9 @@ def estimate(
     global_batch: GlobalBatch,
     layout: Annotated[str, typer.Option("--layout", help='One line, such as "dp20:zero1 tp8:sp pp4 mb1".')],
     gpus: Annotated[int | None, typer.Option("--gpus", help="Checked against the layout.")] = None,
-    timeline: Annotated[str | None, typer.Option("--timeline", help="Draw the pipeline timeline to this PNG or SVG.")] = None,
+    timeline: Annotated[
+        str | None, typer.Option("--timeline", help="Draw the pipeline timeline to this PNG or SVG.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Price one layout: memory, communication, time."""

@@ -13,7 +13,9 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="YAML recipe; flags override its keys.")] = None,
     model: Annotated[str | None, typer.Option(help="Catalogue name, or path of a Hugging Face config.json.")] = None,
     layout: Annotated[str | None, typer.Option(help='One line, such as "dp2 tp2:sp pp2:1f1b mb1 fp32".')] = None,
-    data: Annotated[str | None, typer.Option(help="File, directory or glob: text, JSONL, Parquet. Default: Python's own library.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="File, directory or glob: text, JSONL, Parquet. Default: Python's own library.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer.json. Default: bytes.")] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
     global_batch: Annotated[int | None, typer.Option(help="Sequences in an optimizer step.")] = None,
@@ -26,7 +28,9 @@ def train(
     cluster: Annotated[str | None, typer.Option(help="What MFU is measured against.")] = None,
     out: Annotated[str | None, typer.Option(help="Where checkpoints, metrics, report and plot go.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: only at the end.")] = None,
-    resume: Annotated[bool | None, typer.Option("--resume", help="Go on from the newest checkpoint, whatever its layout.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on from the newest checkpoint, whatever its layout.")
+    ] = None,
     json_log: Annotated[str | None, typer.Option(help="Metrics, one JSON object a step.")] = None,
 ) -> None:
     """Train a model under a layout, on local processes or under torchrun or Slurm."""
@@ -43,7 +47,7 @@ def train(
     try:
         launch(run, parsed.parsed_layout.world, parsed, peak_flops(parsed))
     except RankFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{error.details}error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     if is_first_rank(os.environ):
         from meshwright.report.plots import plot_loss

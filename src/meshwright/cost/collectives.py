@@ -64,7 +64,9 @@ class CollectiveTimes:
         if self.link(c) == "scale-up":
             return links.pair_bandwidth or links.bandwidth
         if node.nics == 0:
-            raise UserError(f"cluster {self.cluster.name} has no NICs: {c.group_size} ranks of {c.axis} do not fit in one domain of {self.cluster.fabric.domain}")
+            raise UserError(
+                f"cluster {self.cluster.name} has no NICs: {c.group_size} ranks of {c.axis} do not fit in one domain of {self.cluster.fabric.domain}"
+            )
         return node.nics * node.nic_bandwidth / node.accelerators
 
     def _ring_rate(self, c: Collective) -> float:
@@ -73,9 +75,14 @@ class CollectiveTimes:
         Across nodes the ring enters and leaves a node over the NICs of all its members there, at most as fast as the
         scale-up links carry it on (fabric.md 1.1). Leaf oversubscription divides what leaves the unit.
         """
-        links, constants = self.cluster.accelerator.scale_up, self.constants.scale_up[self.cluster.accelerator.scale_up.kind]
+        links, constants = (
+            self.cluster.accelerator.scale_up,
+            self.constants.scale_up[self.cluster.accelerator.scale_up.kind],
+        )
         inside = links.effective_bandwidth or constants.plateau_share * links.bandwidth
-        if links.topology == "mesh" and links.pair_bandwidth:  # a ring within part of a mesh has only the links to its members
+        if (
+            links.topology == "mesh" and links.pair_bandwidth
+        ):  # a ring within part of a mesh has only the links to its members
             inside = min(inside, constants.p2p_share * links.pair_bandwidth * (self._members(c) - 1))
         if self.link(c) == "scale-up":
             return inside

@@ -35,7 +35,6 @@ from meshwright.spec.legality import check_layout, check_room, micro_batches, re
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
-
 Pieces = tuple[tuple[Piece, int], ...]
 
 
@@ -170,7 +169,13 @@ class Estimator:
         pipeline = (m - 1) * max(each) + total + 2 * (layout.pp - 1) * self.send_seconds(layout)
         memory = [
             quick_stage_memory(
-                self.model, layout, p, peak_in_flight(layout.schedule, stage, layout.pp, m), stage, self.workload.seq, self.overhead
+                self.model,
+                layout,
+                p,
+                peak_in_flight(layout.schedule, stage, layout.pp, m),
+                stage,
+                self.workload.seq,
+                self.overhead,
             )
             for p, (stage, _) in zip(pieces, kinds, strict=True)
         ]
@@ -221,7 +226,10 @@ class Estimator:
         if key not in self._seconds:
             forward, backward = self._run(piece.forward, kernels), self._run(piece.backward, kernels)
             # The piece is kept beside its price, so that its id is not used again.
-            self._seconds[key] = (piece, Durations(forward[0] + forward[1], backward[0] + backward[1], forward[0] + backward[0]))
+            self._seconds[key] = (
+                piece,
+                Durations(forward[0] + forward[1], backward[0] + backward[1], forward[0] + backward[0]),
+            )
         return self._seconds[key][1]
 
     def _run(self, ops: tuple[Op, ...], kernels: Kernels) -> tuple[float, float]:
@@ -250,7 +258,11 @@ class Estimator:
         """After the last backward: what is left of the gradient reduction, the step's other collectives, the optimizer."""
         reductions = [self.times.seconds(c) for c in program.gradient_reductions]
         rest = sum(self.times.seconds(c) for c in program.step_end)
-        return self._exposed_reduction(reductions, d) + rest + self._kernels(layout, shared=True).elementwise(program.optimizer)
+        return (
+            self._exposed_reduction(reductions, d)
+            + rest
+            + self._kernels(layout, shared=True).elementwise(program.optimizer)
+        )
 
     def _exposed_reduction(self, reductions: list[float], d: Durations) -> float:
         """All but the last bucket can run under the last micro-batch's backward."""
@@ -337,8 +349,14 @@ class Estimator:
             memory=memory,
             memory_limit_bytes=limit,
             collectives=costs,
-            breakdown={"compute": compute} | {f"{axis} exposed": t for axis, t in exposed.items()} | {"waiting and optimizer": max(0.0, step - spent)},
-            evidence={"compute": kernels.evidence, "communication": self.times.evidence, "memory": "formula: the engine's own buffers"},
+            breakdown={"compute": compute}
+            | {f"{axis} exposed": t for axis, t in exposed.items()}
+            | {"waiting and optimizer": max(0.0, step - spent)},
+            evidence={
+                "compute": kernels.evidence,
+                "communication": self.times.evidence,
+                "memory": "formula: the engine's own buffers",
+            },
             timeline=timeline,
         )
 

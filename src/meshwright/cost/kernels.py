@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from meshwright.cost.program import Attention, Elementwise, Gemm
 from meshwright.spec.cluster import Cluster
@@ -109,7 +110,7 @@ def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
     """Straight lines between points in log-log, flat beyond both ends. `points` sorted by x, all positive."""
     if x <= points[0][0]:
         return points[0][1]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if x <= x1:
             weight = math.log(x / x0) / math.log(x1 / x0) if x1 > x0 else 1.0
             return math.exp(math.log(y0) * (1 - weight) + math.log(y1) * weight)

@@ -197,7 +197,12 @@ def _local(layout: Layout) -> Layout:
     if layout.order[0] != "tp":
         return layout
     return Layout(
-        tp=layout.tp, sp=layout.sp, micro_batch=layout.micro_batch, recompute=layout.recompute, precision=layout.precision, order=layout.order
+        tp=layout.tp,
+        sp=layout.sp,
+        micro_batch=layout.micro_batch,
+        recompute=layout.recompute,
+        precision=layout.precision,
+        order=layout.order,
     )
 
 
@@ -241,7 +246,7 @@ def embedding_piece(model: Model, layout: Layout, seq: int) -> Piece:
     """Token (and position) lookup; its weight gradient is scattered row by row."""
     s = _Shapes(model, layout, seq)
     whole = s.T * model.hidden * s.q
-    forward = (Elementwise("lookup", 2 * whole), *s.leave())
+    forward: tuple[Op, ...] = (Elementwise("lookup", 2 * whole), *s.leave())
     gather = s.tp("all_gather", whole) if layout.sp else []
     return Piece("embedding", forward, (*gather, Elementwise("lookup", 3 * whole)), s.T * 8)
 
@@ -256,8 +261,18 @@ def head_piece(model: Model, layout: Layout, seq: int, tp_rank: int) -> Piece:
     logits = s.T * vocab
     loss = s.tp("all_reduce", s.T * exact) + s.tp("all_reduce", 2 * s.T * exact)
     norm = Elementwise("norm", 2 * s.residual_bytes)
-    forward = (norm, *s.enter(), Gemm("head", s.T, vocab, model.hidden), Elementwise("loss", logits * (s.q + 4 * exact)), *loss)
-    backward = (Elementwise("loss", logits * (2 * exact + s.q)), *_column_backward(s, "head", {"weight": vocab}), Elementwise("norm", 4 * s.residual_bytes))
+    forward: tuple[Op, ...] = (
+        norm,
+        *s.enter(),
+        Gemm("head", s.T, vocab, model.hidden),
+        Elementwise("loss", logits * (s.q + 4 * exact)),
+        *loss,
+    )
+    backward: tuple[Op, ...] = (
+        Elementwise("loss", logits * (2 * exact + s.q)),
+        *_column_backward(s, "head", {"weight": vocab}),
+        Elementwise("norm", 4 * s.residual_bytes),
+    )
     saved = 2 * s.residual_bytes + logits * exact
     return Piece("head", forward, backward, saved, working_bytes=logits * (exact + s.q))
 
@@ -281,8 +296,8 @@ def _column_backward(s: _Shapes, name: str, widths: dict[str, int]) -> list[Op]:
     if s.layout.tp == 1:
         return [*dx, *dw]
     if not s.layout.sp:
-        return [*dx, Under(*s.tp("all_reduce", whole), dw)]
-    return [Under(*s.tp("all_gather", whole), dx), Under(*s.tp("reduce_scatter", whole), dw)]
+        return [*dx, Under(s.tp("all_reduce", whole)[0], dw)]
+    return [Under(s.tp("all_gather", whole)[0], dx), Under(s.tp("reduce_scatter", whole)[0], dw)]
 
 
 def _recomputed(forward: list[Op]) -> list[Op]:

@@ -42,7 +42,9 @@ class RankPool:
             self._ranks.append((process, here))
         with tempfile.TemporaryDirectory() as directory:
             for rank in range(world):
-                self._ranks[rank][1].send((function, args, rank, world, os.path.join(directory, "store"), timeout, self.backend))
+                self._ranks[rank][1].send(
+                    (function, args, rank, world, os.path.join(directory, "store"), timeout, self.backend)
+                )
             try:
                 return self._collect(world, time.monotonic() + timeout)
             except RankError:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 _WINDOWS = 3
 """Every rate is the median of so many windows, so that one disturbance does not move it."""
+_PATIENCE = 2.0
+"""A rate whose calls are long may take so many times its seconds before the remaining windows are dropped."""
 _CHUNKS = 10
 """How often in a window a GPU is waited for: often enough to end in time, too seldom to idle between."""
 
@@ -53,13 +55,15 @@ def seconds_of(call: Callable[[], object], calls: int = 1) -> float:
 def call_rate(call: Callable[[], object], seconds: float) -> float:
     """Calls per second of one rank while all ranks of the group call for `seconds`: mean over ranks, median over windows.
 
-    All start at once and count what they finish in the same time, so that ranks that share a core are charged for waiting.
+    Calls longer than `seconds` get fewer windows, at least one. All start at once and count what they finish in the same time, so that ranks that share a core are charged for waiting.
     """
-    window = seconds / _WINDOWS
+    window, start = seconds / _WINDOWS, time.perf_counter()
     chunk = max(1, int(window / _CHUNKS / seconds_of(call)))  # the first call also compiles, allocates and faults pages in
-    rates = []
-    for _ in range(_WINDOWS):
-        together()
+    rates: list[float] = []
+    while len(rates) < _WINDOWS:
+        late = over_ranks([time.perf_counter() - start], dist.ReduceOp.MAX)[0] > _PATIENCE * seconds
+        if late and rates:
+            break
         calls, elapsed = 0, 0.0
         while elapsed < window or not calls:
             elapsed += seconds_of(call, chunk)

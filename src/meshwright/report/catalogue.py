@@ -39,7 +39,14 @@ def clusters_table(clusters: Sequence[Cluster]) -> RenderableType:
         nics = f"{c.node.nics} x {c.node.nic_bandwidth * 8 / 1e9:.0f} Gbit/s" if c.node.nics else "-"
         shown = f"{peak / 1e12:,.4g} TFLOP/s" if peak else "-"
         table.add_row(
-            c.name, c.accelerator.name, gib(c.accelerator.memory_bytes), shown, str(c.node.accelerators), str(c.fabric.domain), nics, c.source
+            c.name,
+            c.accelerator.name,
+            gib(c.accelerator.memory_bytes),
+            shown,
+            str(c.node.accelerators),
+            str(c.fabric.domain),
+            nics,
+            c.source,
         )
     return table
 
@@ -75,8 +82,15 @@ def layout_dict(layout: Layout) -> dict[str, object]:
 
 
 def _meanings(layout: Layout) -> dict[str, str]:
-    sp = "; norm regions hold 1/tp of the tokens, sums become reduce-scatter + all-gather" if layout.sp else "; 2 all-reduces a layer each way"
-    zero = {0: "all-reduce of gradients", 1: "reduce-scatter of gradients, all-gather of parameters; optimizer state cut by dp"}
+    sp = (
+        "; norm regions hold 1/tp of the tokens, sums become reduce-scatter + all-gather"
+        if layout.sp
+        else "; 2 all-reduces a layer each way"
+    )
+    zero = {
+        0: "all-reduce of gradients",
+        1: "reduce-scatter of gradients, all-gather of parameters; optimizer state cut by dp",
+    }
     return {
         "tp": "heads, MLP width and vocabulary" + sp,
         "cp": "the sequence; keys and values travel",
@@ -93,7 +107,9 @@ def _ranks(layout: Layout) -> RenderableType:
         table.add_column(name, justify="right")
     for rank in range(min(layout.world, MANY_RANKS)):
         here = grid.coordinates(rank)
-        table.add_row(str(rank), *(str(here[axis]) for axis in active), *(_short(grid.group(axis, rank)) for axis in active))
+        table.add_row(
+            str(rank), *(str(here[axis]) for axis in active), *(_short(grid.group(axis, rank)) for axis in active)
+        )
     if layout.world > MANY_RANKS:
         return Group(table, Text(f"... and {layout.world - MANY_RANKS} more ranks (all with --json)"))
     return table

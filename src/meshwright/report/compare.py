@@ -61,13 +61,19 @@ def compare_run(directory: str, cluster: str) -> list[Row]:
     try:
         report = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not the report of a run ({error}); finish `meshwright train --out {directory}` first") from error
+        raise UserError(
+            f"{path}: not the report of a run ({error}); finish `meshwright train --out {directory}` first"
+        ) from error
     recipe, layout = report["recipe"], parse_layout(report["layout"])
     model, workload = load_model(recipe["model"]), Workload(recipe["seq"], recipe["global_batch"])
     priced = Estimator(model, load_cluster(cluster), workload).estimate(layout)
     name = str(layout)
-    rows = [Row(name, f"step time (median of {report['steps_timed']})", "s", priced.step_time_s, report["median_step_time_s"])]
-    programs = {(r["stage"], r["tp"]): rank_program(model, layout, workload, Place(r["stage"], r["tp"])) for r in report["ranks"]}
+    rows = [
+        Row(name, f"step time (median of {report['steps_timed']})", "s", priced.step_time_s, report["median_step_time_s"])
+    ]
+    programs = {
+        (r["stage"], r["tp"]): rank_program(model, layout, workload, Place(r["stage"], r["tp"])) for r in report["ranks"]
+    }
     for kind in ("parameters", "gradients", "optimizer"):
         predicted = max(state_bytes(p, layout)[kind] for p in programs.values())
         measured = max(r["state_bytes"][kind] for r in report["ranks"])
@@ -76,7 +82,9 @@ def compare_run(directory: str, cluster: str) -> list[Row]:
     return rows
 
 
-def _traffic_rows(name: str, ranks: list[dict[str, Any]], programs: dict[tuple[int, int], Program], m: int) -> Iterator[Row]:
+def _traffic_rows(
+    name: str, ranks: list[dict[str, Any]], programs: dict[tuple[int, int], Program], m: int
+) -> Iterator[Row]:
     """Bytes a step of the rank that sends most, axis by axis."""
     predicted = [_by_axis((s.axis, s.bytes) for s in step_traffic(p, m)) for p in programs.values()]
     measured = [_by_axis((c["axis"], c["bytes"]) for c in r["collectives"]) for r in ranks]

@@ -17,13 +17,18 @@ def estimate_report(e: Estimate) -> RenderableType:
 
 
 def _headline(e: Estimate) -> RenderableType:
-    table = Table(title=f"{e.model} on {e.layout.world} x {e.cluster}: {e.layout}", title_justify="left", show_header=False, box=None)
+    table = Table(
+        title=f"{e.model} on {e.layout.world} x {e.cluster}: {e.layout}", title_justify="left", show_header=False, box=None
+    )
     table.add_column(style="bold")
     table.add_column()
     verdict = "fits" if e.fits else "[red]does not fit[/red]"
     rows = [
         ("step", f"{seconds(e.step_time_s)} for {e.workload.global_batch} sequences of {e.workload.seq} tokens"),
-        ("throughput", f"{e.tokens_per_s:,.0f} tokens/s, {e.tokens_per_s / e.layout.world:,.0f} a GPU, {count(e.tokens_per_s * 86_400)} tokens a day"),
+        (
+            "throughput",
+            f"{e.tokens_per_s:,.0f} tokens/s, {e.tokens_per_s / e.layout.world:,.0f} a GPU, {count(e.tokens_per_s * 86_400)} tokens a day",
+        ),
         ("MFU / HFU", f"{percent(e.mfu)} / {percent(e.hfu)}"),
         ("pipeline bubble", percent(e.bubble)),
         ("memory", f"{gib(e.peak_bytes)} of {gib(e.memory_limit_bytes)} on the fullest stage: {verdict}"),
@@ -39,7 +44,11 @@ def _memory(e: Estimate) -> RenderableType:
     table = Table(title="memory of a rank by stage", title_justify="left")
     for name in ("stage", *names, "total"):
         table.add_column(name, justify="right")
-    shown = e.memory if len(e.memory) <= MANY_STAGES else (*e.memory[:3], max(e.memory, key=lambda s: s.total_bytes), *e.memory[-2:])
+    shown = (
+        e.memory
+        if len(e.memory) <= MANY_STAGES
+        else (*e.memory[:3], max(e.memory, key=lambda s: s.total_bytes), *e.memory[-2:])
+    )
     for stage in dict.fromkeys(s.stage for s in sorted(shown, key=lambda s: s.stage)):
         held = e.memory[stage]
         table.add_row(str(stage), *(gib(held.categories[name]) for name in names), gib(held.total_bytes))
@@ -51,7 +60,9 @@ def _collectives(e: Estimate) -> RenderableType:
     for name in ("axis", "operation", "ranks", "link", "calls", "bytes", "time", "exposed"):
         table.add_column(name, justify="left" if name in ("axis", "operation", "link") else "right")
     for c in e.collectives:
-        table.add_row(c.axis, c.op, str(c.group_size), c.link, str(c.count), size(c.bytes), seconds(c.time_s), seconds(c.exposed_s))
+        table.add_row(
+            c.axis, c.op, str(c.group_size), c.link, str(c.count), size(c.bytes), seconds(c.time_s), seconds(c.exposed_s)
+        )
     return table
 
 

@@ -24,7 +24,12 @@ def plan_report(plan: Plan, title: str) -> RenderableType:
         parts += [Text(), _table("the obvious alternatives", list(plan.alternatives))]
     e = plan.best.estimate
     sources = "\n          ".join(f"{what}: {source}" for what, source in e.evidence.items())
-    parts += [Text(), Text(f"rests on  {sources}", style="dim"), Text(), Text(f'next: meshwright estimate ... --layout "{e.layout}"')]
+    parts += [
+        Text(),
+        Text(f"rests on  {sources}", style="dim"),
+        Text(),
+        Text(f'next: meshwright estimate ... --layout "{e.layout}"'),
+    ]
     return Group(*parts)
 
 

@@ -41,8 +41,18 @@ def plot_timeline(timeline: Timeline, out: Path, title: str) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 0.5 * timeline.stages + 1.4))
     for span in timeline.spans:
-        axes.barh(span.stage, span.end - span.start, left=span.start, color=_COLOURS[span.kind], edgecolor="white", linewidth=0.6)
-        axes.text((span.start + span.end) / 2, span.stage, str(span.micro_batch), ha="center", va="center", fontsize=7, color="white")
+        axes.barh(
+            span.stage, span.end - span.start, left=span.start, color=_COLOURS[span.kind], edgecolor="white", linewidth=0.6
+        )
+        axes.text(
+            (span.start + span.end) / 2,
+            span.stage,
+            str(span.micro_batch),
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white",
+        )
     axes.set_yticks(range(timeline.stages), [f"stage {stage}" for stage in range(timeline.stages)])
     axes.invert_yaxis()
     axes.set_xlabel("seconds")

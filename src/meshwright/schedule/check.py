@@ -38,14 +38,18 @@ def _check_stage(schedule: Schedule, stage: int) -> None:
             raise UserError(f"schedule {schedule.name}: stage {stage} does {action} twice")
         before = needs.get(action.kind)
         if before and Action(before, action.micro_batch, action.chunk) not in seen:
-            raise UserError(f"schedule {schedule.name}: stage {stage} does {action} before {before.value}{action.micro_batch}")
+            raise UserError(
+                f"schedule {schedule.name}: stage {stage} does {action} before {before.value}{action.micro_batch}"
+            )
         if action.kind is Kind.BACKWARD and Action(Kind.FORWARD, action.micro_batch, action.chunk) not in seen:
             raise UserError(f"schedule {schedule.name}: stage {stage} does {action} before its forward")
         seen.add(action)
     for kind in (Kind.FORWARD, Kind.BACKWARD):
         done = sum(action.kind is kind for action in seen)
         if done != schedule.micro_batches:
-            raise UserError(f"schedule {schedule.name}: stage {stage} does {done} of {schedule.micro_batches} {kind.name.lower()}s")
+            raise UserError(
+                f"schedule {schedule.name}: stage {stage} does {done} of {schedule.micro_batches} {kind.name.lower()}s"
+            )
 
 
 def _check_no_deadlock(schedule: Schedule) -> None:

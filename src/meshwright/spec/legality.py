@@ -72,7 +72,9 @@ def refuse_unbuilt(layout: Layout) -> None:
             raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")
     for axis in ("cp", "ep", "etp"):
         if layout.degree(axis) > 1:
-            raise UserError(f"{axis}{layout.degree(axis)}: the {axis} axis is not built yet; this version has dp, tp and pp")
+            raise UserError(
+                f"{axis}{layout.degree(axis)}: the {axis} axis is not built yet; this version has dp, tp and pp"
+            )
     if layout.zero_shard:
         raise UserError("hybrid sharding is not built yet; this version shards over all of dp")
 
@@ -92,10 +94,13 @@ def _check_tensor_parallel(layout: Layout, model: Model, workload: Workload) -> 
         return
     if model.heads % tp:
         legal = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
-        raise UserError(f"tp {tp} does not divide the {model.heads} attention heads of {model.name}: legal tp: {_list(legal)}")
+        raise UserError(
+            f"tp {tp} does not divide the {model.heads} attention heads of {model.name}: legal tp: {_list(legal)}"
+        )
     if model.kv_heads % tp and tp % model.kv_heads:
         raise UserError(
-            f"tp {tp} neither divides the {model.kv_heads} key-value heads of {model.name} nor is a multiple of them: try tp {model.kv_heads}"
+            f"tp {tp} neither divides the {model.kv_heads} key-value heads of {model.name} nor is a multiple of them: "
+            f"try tp {model.kv_heads}"
         )
     if model.ffn % tp:
         legal = [n for n in range(1, model.heads + 1) if model.heads % n == 0 and model.ffn % n == 0]

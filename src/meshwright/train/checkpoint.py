@@ -22,7 +22,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -59,7 +64,9 @@ def save_checkpoint(directory: Path, step: int, about: dict[str, Any], mesh: Mes
     _barrier()
     boxes = _owned_boxes(mesh, optimizer) if _writes(mesh) else {}
     with _quiet():
-        dcp.save({}, storage_writer=dcp.FileSystemWriter(partial), planner=_SavePlanner(boxes), no_dist=not dist.is_initialized())
+        dcp.save(
+            {}, storage_writer=dcp.FileSystemWriter(partial), planner=_SavePlanner(boxes), no_dist=not dist.is_initialized()
+        )
     if mesh.rank == 0:
         write_text_atomically(partial / ABOUT, json.dumps({"step": step, **about}, indent=1))
         shutil.rmtree(path, ignore_errors=True)
@@ -82,7 +89,9 @@ def load_checkpoint(path: Path, mesh: Mesh, optimizer: Optimizer) -> dict[str, A
         found = stored.get(name)
         shape = tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
         if shape != pieces[0].global_shape:
-            raise UserError(f"checkpoint {path} is of another model: {name} has shape {shape}, expected {pieces[0].global_shape}")
+            raise UserError(
+                f"checkpoint {path} is of another model: {name} has shape {shape}, expected {pieces[0].global_shape}"
+            )
     with _quiet():
         dcp.load({}, storage_reader=reader, planner=_LoadPlanner(boxes), no_dist=not dist.is_initialized())
     optimizer.set_step(int(about["step"]))
@@ -123,7 +132,9 @@ def flat_boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[t
     yield from _within_row(shape, last, last * row, end, row)
 
 
-def _within_row(shape: tuple[int, ...], index: int, start: int, end: int, row: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+def _within_row(
+    shape: tuple[int, ...], index: int, start: int, end: int, row: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
     for offsets, sizes, at in flat_boxes(shape[1:], start - index * row, end - index * row):
         yield (index, *offsets), (1, *sizes), index * row + at
 

@@ -6,19 +6,28 @@ import json
 import logging
 import multiprocessing
 import os
+import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from meshwright.spec.errors import UserError
 
 
 class RankFailed(RuntimeError):
-    """A rank failed; the message names the first one and its error."""
+    """A rank failed; the message names the first one and its error. `details` is that rank's traceback, if it left one."""
+
+    def __init__(self, message: str, details: str = ""):
+        super().__init__(message)
+        self.details = details
 
 
 def launch(entry: Callable[..., None], world: int, *args: Any) -> None:
@@ -93,48 +102,54 @@ def _launch_locally(entry: Callable[..., None], world: int, args: tuple[Any, ...
         max_restarts=0,
         monitor_interval=0.2,
     )
-    try:
-        elastic_launch(config, _run_rank)(entry, args)
-    except ChildFailedError as error:
-        rank, exit_code, message = _first_cause(error)
-        if message.startswith("UserError: "):
-            raise UserError(message.removeprefix("UserError: ")) from None
-        raise RankFailed(f"rank {rank} of {world} failed first (exit code {exit_code}): {message}") from None
+    with tempfile.TemporaryDirectory() as obituaries:
+        try:
+            elastic_launch(config, _run_recorded)(entry, args, obituaries)
+        except ChildFailedError as error:
+            raise _first_cause(error, Path(obituaries), world) from None
 
 
-@record
 def _run_rank(entry: Callable[..., None], args: tuple[Any, ...]) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     device = rank_device()
     dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-    try:
-        entry(*args)
-    except Exception:
-        raise
-    except BaseException as error:  # Distributed Checkpoint's is one, which the agent would not record
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    entry(*args)
     dist.destroy_process_group()
 
 
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Socket closed")
+def _run_recorded(entry: Callable[..., None], args: tuple[Any, ...], obituaries: str) -> None:
+    """Run a rank; if it fails, leave a note of when and why. The agent keeps one failure only, not always the first."""
+    try:
+        _run_rank(entry, args)
+    except BaseException as error:
+        user = isinstance(error, UserError)
+        message = str(error) if user else f"{type(error).__name__}: {error}"
+        note = {"time": time.time(), "user": user, "message": message, "traceback": traceback.format_exc()}
+        (Path(obituaries) / os.environ["RANK"]).write_text(json.dumps(note))
+        sys.exit(1)  # without the traceback that every rank would print
+
+
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "Socket closed",
+)
 """What gloo and NCCL say on ranks whose partner has gone: an effect, never the first cause."""
 
 
-def _first_cause(error: ChildFailedError) -> tuple[int, int, str]:
-    """(rank, exit code, message) of the failure that the others follow from; the agent's clock has whole seconds only."""
-    failures = [(rank, failure, _failure_message(failure.message)) for rank, failure in error.failures.items()]
-    rank, failure, message = min(failures, key=lambda f: (any(lost in f[2] for lost in _LOST_PEER), f[1].timestamp))
-    return rank, failure.exitcode, message
-
-
-def _failure_message(raw: Any) -> str:
-    """The exception's own line out of what the elastic agent recorded (JSON, or text when the rank was killed)."""
-    if isinstance(raw, str):
-        try:
-            raw = json.loads(raw)
-        except ValueError:
-            return raw
-    while isinstance(raw, dict) and "message" in raw:
-        raw = raw["message"]
-    return str(raw)
+def _first_cause(error: ChildFailedError, obituaries: Path, world: int) -> Exception:
+    """The failure that the others follow from: the earliest that is no lost partner, or else the agent's own (a signal)."""
+    notes = [(int(path.name), json.loads(path.read_text())) for path in obituaries.iterdir()]
+    causes = [(rank, note) for rank, note in notes if not any(lost in note["message"] for lost in _LOST_PEER)]
+    if causes:
+        rank, note = min(causes, key=lambda item: item[1]["time"])
+        if note["user"]:
+            return UserError(note["message"])
+        return RankFailed(f"rank {rank} of {world} failed first: {note['message']}", note["traceback"])
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        return RankFailed(f"rank {rank} of {world} was killed by signal {-failure.exitcode} (out of memory?)")
+    return RankFailed(f"rank {rank} of {world} lost a partner that died without a word (killed, or out of memory?)")

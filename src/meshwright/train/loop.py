@@ -30,7 +30,6 @@ from meshwright.train.progress import ProgressLine, packing_progress
 from meshwright.train.recipe import Recipe
 from meshwright.train.tokenizer import load_tokenizer
 
-
 SAME_DATA = ("data", "tokenizer", "seq", "global_batch", "seed")
 """Recipe fields that a resumed run must share, or step k would not be the same batch."""
 
@@ -85,7 +84,9 @@ class Run:
         data = [(tokens.to(self.mesh.device), labels.to(self.mesh.device)) for tokens, labels in data]
         loss, squared_norm = self.engine.forward_backward(data).tolist()
         if not torch.isfinite(torch.tensor([loss, squared_norm])).all():
-            raise UserError(f"the loss is no longer finite at step {step + 1} (loss {loss}): try a lower --lr or a longer --warmup")
+            raise UserError(
+                f"the loss is no longer finite at step {step + 1} (loss {loss}): try a lower --lr or a longer --warmup"
+            )
         norm, rate = self.optimizer.step(step, squared_norm)
         seconds = time.perf_counter() - began
         self.step_times.append(seconds)
@@ -145,7 +146,11 @@ class Run:
         path = self.recipe.log_path
         path.parent.mkdir(parents=True, exist_ok=True)
         if first:  # keep the steps before the checkpoint, drop those that are about to be run again
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first] if path.exists() else []
+            kept = (
+                [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first]
+                if path.exists()
+                else []
+            )
             write_text_atomically(path, "".join(line + "\n" for line in kept))
         return path.open("a" if first else "w")
 

@@ -16,7 +16,10 @@ class Optimizer:
     def __init__(self, recipe: Recipe, state: DataParallel):
         self.recipe, self.state = recipe, state
         groups = [
-            {"params": [b.weights for b in state.buckets if b.plan.decay is decay], "weight_decay": recipe.weight_decay if decay else 0.0}
+            {
+                "params": [b.weights for b in state.buckets if b.plan.decay is decay],
+                "weight_decay": recipe.weight_decay if decay else 0.0,
+            }
             for decay in (True, False)
         ]
         self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=recipe.betas, fused=True)

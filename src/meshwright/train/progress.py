@@ -22,7 +22,9 @@ class ProgressLine:
         self.bar: Progress | None = None
         self.show = show
         if show and self.console.is_terminal:
-            text = TextColumn("loss {task.fields[loss]:.4f}  grad norm {task.fields[norm]:.3f}  {task.fields[rate]:,.0f} tok/s  MFU {task.fields[mfu]}")
+            text = TextColumn(
+                "loss {task.fields[loss]:.4f}  grad norm {task.fields[norm]:.3f}  {task.fields[rate]:,.0f} tok/s  MFU {task.fields[mfu]}"
+            )
             self.bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(20), text, TextColumn("ETA"), TimeRemainingColumn(),
                 console=self.console,
@@ -36,7 +38,12 @@ class ProgressLine:
         mfu = "-" if metrics["mfu"] is None else f"{metrics['mfu']:.1%}"
         if self.bar is not None:
             self.bar.update(
-                self.task, completed=metrics["step"], loss=metrics["loss"], norm=metrics["grad_norm"], rate=metrics["tokens_per_s"], mfu=mfu
+                self.task,
+                completed=metrics["step"],
+                loss=metrics["loss"],
+                norm=metrics["grad_norm"],
+                rate=metrics["tokens_per_s"],
+                mfu=mfu,
             )
             return
         now = time.monotonic()
@@ -58,6 +65,8 @@ class ProgressLine:
 @contextmanager
 def packing_progress() -> Iterator[Callable[[int, int], None]]:
     """A byte bar while the corpus is tokenised, shown only on a terminal."""
-    with Progress(TextColumn("tokenising"), BarColumn(20), DownloadColumn(), console=Console(stderr=True), transient=True) as bar:
+    with Progress(
+        TextColumn("tokenising"), BarColumn(20), DownloadColumn(), console=Console(stderr=True), transient=True
+    ) as bar:
         task = bar.add_task("pack", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
