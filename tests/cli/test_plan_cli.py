@@ -310,9 +310,8 @@ def test_a_cluster_file_that_can_be_read_is_planned_for(run: Any, tmp_path: Path
     )
 
 
-LLAMA = {
-    "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 512,
-}  # fmt: skip
+LLAMA = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "vocab_size": 512}
+LLAMA |= {"num_hidden_layers": 4, "num_attention_heads": 8}
 CONFIGS = [
     ("{not json", ("not valid JSON", "line 1 column 2")),
     ("[1, 2]", ("holds an object", "list")),

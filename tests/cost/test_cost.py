@@ -461,16 +461,21 @@ def test_what_was_measured_inside_a_node_says_nothing_of_the_network(op: str) ->
     assert times(measured_at(H100, 2, 8)).seconds(across) == times(H100).seconds(across)
 
 
-def test_a_point_of_no_bytes_is_refused_or_used_but_breaks_nothing() -> None:
-    try:
-        points = (
-            CollectivePoint(op="all_reduce", ranks=8, bytes=0, seconds=1e-5),
-            CollectivePoint(op="all_reduce", ranks=8, bytes=10**6, seconds=1e-4),
-        )
-    except ValueError:
-        return
-    cluster = with_measured(H100, Measured(source="x", collectives=points))
-    assert 1e-5 <= times(cluster).seconds(Collective("tp", "all_reduce", 8, 1, 10**3)) <= 1e-4
+def test_a_point_of_no_bytes_is_the_latency() -> None:
+    points = [CollectivePoint(op="all_reduce", ranks=8, bytes=n, seconds=t) for n, t in ((0, 1e-5), (10**6, 1e-4))]
+    t = times(with_measured(H100, Measured(source="x", collectives=tuple(points))))
+    assert t.seconds(Collective("tp", "all_reduce", 8, 1, 1)) == pytest.approx(1e-5)
+    assert 1e-5 < t.seconds(Collective("tp", "all_reduce", 8, 1, 10**3)) < 1e-4
+
+
+def test_a_group_beyond_the_last_link_is_refused() -> None:
+    """A domain of 8 without NICs: sixteen ranks have nothing to meet over."""
+    fabric = H100.fabric.model_copy(update={"kind": "none", "transport": "none"})
+    alone = H100.model_copy(
+        update={"node": H100.node.model_copy(update={"nics": 0, "nic_bandwidth": 0.0}), "fabric": fabric}
+    )
+    with pytest.raises(UserError, match=r"h100-superpod has no NICs.*16 ranks of dp.*domain of 8"):
+        times(alone).seconds(Collective("dp", "all_reduce", 16, 1, 100))
 
 
 # --- the whole step
@@ -519,7 +524,7 @@ def test_mfu_is_the_models_arithmetic_over_the_peak() -> None:
 
 @pytest.mark.parametrize("layout", ["dp8", "tp4 pp2"])
 def test_hardware_flops_count_what_is_recomputed_and_no_more(layout: str) -> None:
-    """PaLM's hardware utilisation (arXiv 2204.02311, appendix B) adds the recomputed part only: neither head nor last product is repeated."""
+    """PaLM's hardware utilisation (arXiv 2204.02311, appendix B) adds what is repeated: neither the head nor a layer's last product."""
     e = priced(f"{layout} mb1 ac:full")
     assert e.mfu < priced(f"{layout} mb1").mfu
     model = load_model("llama-3-8b")

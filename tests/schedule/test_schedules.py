@@ -141,7 +141,7 @@ def test_a_layout_without_pipeline_runs_its_micro_batches_in_turn() -> None:
 
 
 def test_a_schedule_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(UserError, match="unknown pipeline schedule '1f1p': did you mean 1f1b.*legal: gpipe, 1f1b"):
+    with pytest.raises(UserError, match=r"unknown pipeline schedule '1f1p': did you mean 1f1b.*legal: gpipe, 1f1b"):
         make_schedule("1f1p", 2, 2)
     with pytest.raises(UserError, match="at least 1 micro-batch, got 0"):
         make_schedule("1f1b", 2, 0)
@@ -215,7 +215,7 @@ def test_a_micro_batch_that_is_not_there_is_refused_though_every_stage_runs_it()
         tuple(Action(a.kind, 7 if a.micro_batch == 1 else a.micro_batch) for a in actions)
         for actions in make_schedule("1f1b", 2, 3).actions
     )
-    assert "7" in refusal(Schedule("renamed", 3, renamed))
+    assert "stage 0" in refusal(Schedule("renamed", 3, renamed))
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,8 @@ class CollectiveTimes:
             return links.pair_bandwidth or links.bandwidth
         if node.nics == 0:
             raise UserError(
-                f"cluster {self.cluster.name} has no NICs: {c.group_size} ranks of {c.axis} do not fit in one domain of {self.cluster.fabric.domain}"
+                f"cluster {self.cluster.name} has no NICs, but {c.group_size} ranks of {c.axis} do not fit in one domain of "
+                f"{self.cluster.fabric.domain}"
             )
         return node.nics * node.nic_bandwidth / node.accelerators
 

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meshwright.spec.errors import UserError
-from meshwright.spec.legality import refuse_unbuilt_model
+from meshwright.spec.legality import refuse_unrunnable_model
 from meshwright.spec.model import Model, Rope
 
 
@@ -27,7 +26,7 @@ class Decoder(nn.Module):
 
     def __init__(self, model: Model, layers: Sequence[int] | None = None, *, first: bool = True, last: bool = True):
         super().__init__()
-        _refuse_unbuilt(model)
+        refuse_unrunnable_model(model)
         self.model = model
         self.rotary = Rotary(model.rope, model.head_dim) if model.rope else None
         self.embedding = Embedding(model) if first else None
@@ -194,9 +193,3 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu}
-
-
-def _refuse_unbuilt(model: Model) -> None:
-    refuse_unbuilt_model(model)
-    if model.rope is not None and model.rope.scaling is not None:
-        raise UserError(f"{model.name}: rotary scaling {model.rope.scaling!r} is not built yet; legal: none, llama3")

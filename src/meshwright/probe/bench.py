@@ -25,6 +25,8 @@ _BUSY = 0.1
 """Above this share of the cores, what other processes do is part of the result, and the source says so."""
 _PLANNED = 0.8
 """Of the time: the rest is for starting ranks, and for calls that are longer than their share."""
+_LEAST = 0.02
+"""Seconds of a point of weight 1 where the time has run out: with fewer, small ones would measure the clock."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _run(tasks: list[_Task], machine: Machine, threads: int, seconds: float, pro
     try:
         for task in tasks:
             progress(task.label, 1 - remaining / total)
-            each = max(0.0, deadline - time.monotonic()) / remaining * task.weight
+            each = max(_LEAST, (deadline - time.monotonic()) / remaining) * task.weight
             timeout = max(120.0, 10 * seconds)
             results.append(
                 pool.run(_with_threads, task.world, threads, task.function, *task.args, each, timeout=timeout)[0]

@@ -55,12 +55,14 @@ def seconds_of(call: Callable[[], object], calls: int = 1) -> float:
 def call_rate(call: Callable[[], object], seconds: float) -> float:
     """Calls per second of one rank while all ranks of the group call for `seconds`: mean over ranks, median over windows.
 
-    Calls longer than `seconds` get fewer windows, at least one. All start at once and count what they finish in the same time, so that ranks that share a core are charged for waiting.
+    All start at once and count what they finish in the same time, so that ranks that share a core are charged for waiting.
+    Calls longer than `seconds` get fewer windows, at least one.
     """
     window, start = seconds / _WINDOWS, time.perf_counter()
     chunk = max(1, int(window / _CHUNKS / seconds_of(call)))  # the first call also compiles, allocates and faults pages in
     rates: list[float] = []
     while len(rates) < _WINDOWS:
+        # Agreeing on whether to go on is also the barrier from which the window starts.
         late = over_ranks([time.perf_counter() - start], dist.ReduceOp.MAX)[0] > _PATIENCE * seconds
         if late and rates:
             break

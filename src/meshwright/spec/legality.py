@@ -88,6 +88,13 @@ def refuse_unbuilt_model(model: Model) -> None:
         )
 
 
+def refuse_unrunnable_model(model: Model) -> None:
+    """Beyond that, a rotary rule changes no shape, so it can be priced, but the engine must know it."""
+    refuse_unbuilt_model(model)
+    if model.rope is not None and model.rope.scaling is not None:
+        raise UserError(f"{model.name}: rotary scaling {model.rope.scaling!r} is not built yet; legal: none, llama3")
+
+
 def _check_tensor_parallel(layout: Layout, model: Model, workload: Workload) -> None:
     tp = layout.tp
     if tp == 1:

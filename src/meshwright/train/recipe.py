@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.layout import Layout
-from meshwright.spec.legality import check_layout, refuse_unbuilt, refuse_unbuilt_model
+from meshwright.spec.legality import check_layout, refuse_unbuilt, refuse_unrunnable_model
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.workload import Workload
@@ -71,7 +71,7 @@ class Recipe(BaseModel):
     def check(self) -> Model:
         """Raise UserError for whatever can be known to be wrong before starting. Returns the model."""
         model = load_model(self.model)
-        refuse_unbuilt_model(model)
+        refuse_unrunnable_model(model)
         check_layout(self.parsed_layout, model, self.workload)
         refuse_unbuilt(self.parsed_layout)
         return model

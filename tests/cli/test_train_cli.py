@@ -1,0 +1,147 @@
+"""`meshwright train` and `compare` from end to end, and what a person sees when the input is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from meshwright.cli.main import main
+
+SMALL = ["--model", "llama-tiny", "--seq", "32", "--global-batch", "4", "--steps", "4", "--warmup", "1"]
+
+
+def meshwright(*arguments: str, directory: Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, "-m", "meshwright", *arguments]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text("the mesh is wrought of ranks and the ranks are wrought of threads\n" * 200)
+    return path
+
+
+def losses(path: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+
+
+def test_train_resume_compare(tmp_path: Path, text: Path) -> None:
+    """One run in one process; the same run in two halves under other layouts, the second under torchrun; then the table."""
+    common = [*SMALL, "--data", str(text)]
+    alone = meshwright(
+        "train", *common, "--layout", "mb4 fp32", "--out", "alone", "--json-log", "alone.jsonl", directory=tmp_path
+    )
+    assert alone.returncode == 0, alone.stderr
+    whole = losses(tmp_path / "alone.jsonl")
+    assert len(whole) == 4
+    assert whole[-1] < whole[0]
+
+    split = [*common, "--out", "split"]
+    first = meshwright("train", *split, "--save-every", "2", "--layout", "dp2:zero1 tp2:sp mb2 fp32", directory=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert losses(tmp_path / "split/metrics.jsonl") == pytest.approx(whole, rel=1e-5)
+    assert sorted(p.name for p in (tmp_path / "split/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert (tmp_path / "split/loss.png").stat().st_size > 1000
+
+    longer = [*split, "--steps", "6", "--resume", "--layout", "pp2 mb2 fp32"]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    second = meshwright("train", *longer, directory=tmp_path, launcher=torchrun)
+    assert second.returncode == 0, second.stderr
+    resumed = losses(tmp_path / "split/metrics.jsonl")
+    assert resumed[:4] == pytest.approx(whole, rel=1e-5)
+    assert len(resumed) == 6
+
+    table = meshwright("compare", "alone", "split", "--cluster", "local", "--json", directory=tmp_path)
+    assert table.returncode == 0, table.stderr
+    rows = json.loads(table.stdout)
+    counted = [row for row in rows if row["unit"] == "B"]
+    assert len(counted) >= 6
+    assert all(row["error"] == 0 for row in counted)
+
+
+def test_a_recipe_and_its_overrides(tmp_path: Path, text: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: llama-tiny\nlayout: mb2 bf16\nseq: 32\nglobal_batch: 4\nsteps: 3\nwarmup: 1\ndata: {text}\nout: run\n"
+    )
+    done = meshwright("train", str(recipe), "--steps", "2", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run/metrics.jsonl")) == 2
+    other_data = tmp_path / "other.txt"
+    other_data.write_text("something else entirely " * 400)
+    refused = meshwright("train", str(recipe), "--resume", "--data", str(other_data), directory=tmp_path)
+    assert refused.returncode == 2
+    assert "its place in the data would be lost" in refused.stderr
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a refused command prints."""
+    monkeypatch.setattr(sys, "argv", ["meshwright", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layout", "dp3 mb1"], "does not divide 8"),
+        (["--layout", "tp3 mb1"], "tp 3 does not divide the 8 attention heads of llama-tiny: legal tp: 1, 2, 4, 8"),
+        (["--layout", "pp5 mb1"], "llama-tiny has 4 layers, fewer than the 5 stages of pp5"),
+        (["--layout", "tp0"], "tp must be at least 1, got 0"),
+        (["--layout", "tp2:xx"], "layout token 'tp2:xx' is not understood"),
+        (["--layout", "dp2:zero3 mb1"], "ZeRO stage 3 is not built yet"),
+        (["--layout", "cp2:ring mb1"], "the cp axis is not built yet"),
+        (["--layout", "dp2 mb3"], "does not divide 8"),
+        (["--model", "llama-tinny"], "unknown model 'llama-tinny': did you mean llama-tiny"),
+        (["--model", "mixtral-8x7b"], "this version prices and runs dense decoders"),
+        (["--cluster", "h1000"], "unknown cluster 'h1000'"),
+        (["--data", "no/such/file.txt"], "no/such/file.txt"),
+        (["nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["--lr", "-1"], "lr"),
+        (["--resume"], "nothing to resume"),
+        (["--init", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in refusal(monkeypatch, capsys, "train", *arguments)
+
+
+def test_bad_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "broken.yaml").write_text("model: llama-tiny\nlayout: [dp2\nsteps: 3\n")
+    (tmp_path / "typo.yaml").write_text("model: llama-tiny\nlayuot: dp2\n")
+    (tmp_path / "type.yaml").write_text("model: llama-tiny\nsteps: many\n")
+
+    def says(*arguments: str) -> str:
+        return refusal(monkeypatch, capsys, "train", *arguments)
+
+    assert "empty.txt" in says("--data", "empty.txt")
+    assert "tokens" in says("--data", "short.txt")
+    assert "broken.yaml, line" in says("broken.yaml")
+    assert "typo.yaml, line 2" in (line := says("typo.yaml"))
+    assert "layout" in line
+    assert "type.yaml, line 2" in (line := says("type.yaml"))
+    assert "many" in line
+
+
+def test_a_launched_rank_that_refuses_is_one_line_too(tmp_path: Path) -> None:
+    """The corpus is read by the ranks; what is wrong with it reaches the person as if there were only one process."""
+    (tmp_path / "short.txt").write_text("too short")
+    done = meshwright("train", *SMALL, "--data", "short.txt", "--layout", "dp2 mb2 fp32", directory=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1, done.stderr
