@@ -21,7 +21,7 @@ from meshwright.spec.legality import (
     refuse_unbuilt,
     refuse_unbuilt_model,
 )
-from meshwright.spec.model import Model
+from meshwright.spec.model import Model, Rope
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.workload import Workload
 
@@ -232,3 +232,9 @@ def test_a_model_that_can_only_be_counted_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"^{name} .*dense decoders"):
         refuse_unbuilt_model(load_model(name))
     refuse_unbuilt_model(MODEL)
+
+
+def test_a_rotary_rule_that_is_not_built_is_refused() -> None:
+    refuse_unbuilt_model(replace(MODEL, rope=Rope(llama3=(8.0, 1.0, 4.0, 32))))
+    with pytest.raises(UserError, match=r"^m: rotary scaling 'yarn'.*legal: none, llama3$"):
+        refuse_unbuilt_model(replace(MODEL, rope=Rope(scaling="yarn")))
