@@ -48,13 +48,17 @@ def test_train_resume_compare(tmp_path: Path, text: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "split/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
     assert (tmp_path / "split/loss.png").stat().st_size > 1000
 
-    longer = [*split, "--steps", "6", "--resume", "--layout", "pp2 mb2 fp32"]
+    longer = [*split, "--steps", "6", "--resume", "--layout", "pp2 mb2 fp32", "--export", "weights"]
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     second = meshwright("train", *longer, directory=tmp_path, launcher=torchrun)
     assert second.returncode == 0, second.stderr
     resumed = losses(tmp_path / "split/metrics.jsonl")
     assert resumed[:4] == pytest.approx(whole, rel=1e-5)
     assert len(resumed) == 6
+
+    again = meshwright("train", *common, "--init", "weights", "--layout", "mb4 fp32", "--out", "again", directory=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "again/metrics.jsonl")[0] < whole[0], "what was exported has been trained"
 
     table = meshwright("compare", "alone", "split", "--cluster", "local", "--json", directory=tmp_path)
     assert table.returncode == 0, table.stderr

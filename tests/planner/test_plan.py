@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright import api
-from meshwright.cost.estimate import Estimate, Estimator
+from meshwright.cost.estimate import Estimate, Estimator, Quick
 from meshwright.planner.explain import reason_against
 from meshwright.planner.search import MAX_MICRO_BATCH, Plan, divisors, legal_layouts, plan
 from meshwright.spec.catalogue import load_cluster
@@ -24,8 +24,7 @@ from meshwright.spec.legality import check_layout, check_world, refuse_unbuilt
 from meshwright.spec.workload import Workload
 
 SLACK = 0.02
-"""The closed form that ranks the candidates is a few per cent off, so the best may be left out of those whose schedule is played.
-Of 313 problems of up to 16 ranks one lost, by 0.8 %."""
+"""A closed form ranks the candidates, and only the schedules of those that lead are played."""
 
 
 @cache
@@ -123,6 +122,9 @@ def test_every_alternative_has_its_reason() -> None:
     found = llama_70b()
     assert found.best is not None
     names = [name for name, _ in found.alternatives]
+    best = found.best.estimate.layout
+    taken = {"no pipeline": best.pp == 1, "no recompute": best.recompute == "none", "no ZeRO": best.zero == 0}
+    taken = {name for name, is_so in taken.items() if is_so}
     assert len(set(names)) == len(names) >= 4
     for name, candidate in found.alternatives:
         assert candidate.estimate.layout != found.best.estimate.layout
@@ -136,6 +138,7 @@ def test_every_alternative_has_its_reason() -> None:
             "no ZeRO": x.zero == 0,
         }
         assert meaning.get(name, True)
+        assert name not in taken, "the best is of that kind itself"
     for candidate in found.candidates[1:]:
         sensible(candidate.reason)
 
@@ -172,25 +175,27 @@ def test_nothing_fits_names_the_nearest_and_what_it_lacks() -> None:
     assert found.alternatives == ()
     [nearest] = found.candidates
     assert not nearest.estimate.fits
+    model, work = load_model("llama-3-405b"), Workload(4096, 8)
+    every = [
+        Estimator(model, load_cluster("h100-superpod"), work).estimate(x) for x in legal_layouts(model, work, 8, "bf16")
+    ]
+    assert nearest.estimate.peak_bytes == min(e.peak_bytes for e in every)
     assert re.search(
         r"needs \d+\.\d GiB of 80\.0, \d+\.\d of it (optimizer|parameters|gradients|activations)", nearest.reason
     )
     assert found.as_dict()["best"] is None
 
 
-def test_layouts_that_fit_by_the_closed_form_alone_are_no_answer() -> None:
-    """The memory lies between the closed form of the leanest layout and its exact bytes: nothing fits, and that is said."""
-    model, cluster, work = load_model("llama-3-8b"), load_cluster("h100-superpod"), Workload(2048, 8)
-    estimator = Estimator(model, cluster, work)
-    leanest = min((estimator.quick(x).peak_bytes, str(x), x) for x in legal_layouts(model, work, 8, "bf16"))[2]
-    near, exact = estimator.quick(leanest).peak_bytes, estimator.estimate(leanest).peak_bytes
-    assert near < exact
-    tight = cluster.model_copy(
-        update={"accelerator": cluster.accelerator.model_copy(update={"memory_bytes": (near + exact) // 2})}
-    )
-    found = plan(model, tight, work, 8)
+def test_layouts_that_fit_by_the_closed_form_alone_are_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was thought to fit and does not, once its buckets are planned, is passed over; if nothing is left, that is said."""
+    monkeypatch.setattr(Estimator, "quick", lambda self, layout: Quick(1.0 + layout.tp, 0, True))
+    found = api.plan(model="llama-3-405b", cluster="h100-superpod", gpus=8, seq=4096, global_batch=8)
     assert found.best is None
     assert "does not fit" in found.candidates[0].reason
+    found = api.plan(model="llama-3-8b", cluster="h100-superpod", gpus=8, seq=4096, global_batch=64)
+    assert found.best is not None
+    assert found.best.estimate.fits
+    assert len(found.candidates) == 5
 
 
 @pytest.mark.parametrize(

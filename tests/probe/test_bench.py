@@ -11,10 +11,10 @@ pytest.importorskip("torch")
 
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.program import Attention
-from meshwright.probe.bench import CPU_SIZES, GPU_SIZES, Sizes, measure_cluster
+from meshwright.probe.bench import CPU_SIZES, GPU_SIZES, Sizes, _own_cluster, measure_cluster
 from meshwright.probe.collectives import group_sizes
 from meshwright.probe.machine import Machine, catalogue_name, this_machine
-from meshwright.spec.catalogue import catalogue_accelerators, dump_cluster, load_cluster
+from meshwright.spec.catalogue import catalogue_accelerators, dump_cluster, load_accelerator, load_cluster
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
@@ -140,6 +140,25 @@ def test_what_cannot_be_measured_is_refused() -> None:
 def test_the_driver_s_name_finds_the_accelerator(said: str, name: str | None) -> None:
     assert catalogue_name(said) == name
     assert name is None or name in catalogue_accelerators()
+
+
+@pytest.mark.parametrize("said", ["NVIDIA H100 80GB HBM3", "NVIDIA GeForce GTX 1080"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gpus_make_a_cluster_too(cluster: Cluster, said: str, ranks: int, tmp_path: Path) -> None:
+    """The figures are a CPU's: only what becomes of them on a machine with 8 GPUs is looked at."""
+    machine = Machine(said, "NVIDIA", cores=64, devices=8, memory_bytes=85_000_000_000)
+    assert cluster.measured is not None
+    measured = cluster.measured if ranks > 1 else cluster.measured.model_copy(update={"collectives": ()})
+    made = _own_cluster(machine, ranks, measured, 2e12)
+    path = tmp_path / "gpus.yaml"
+    path.write_text(dump_cluster(made))
+    assert load_cluster(str(path)) == made
+    assert (made.node.accelerators, made.node.compute_slots, made.fabric.domain) == (8, None, 8)
+    assert made.accelerator.memory_bytes == machine.memory_bytes
+    known = catalogue_name(said)
+    assert made.accelerator.name == (known or "nvidia-geforce-gtx-1080")
+    if known:
+        assert made.accelerator.peak_flops == load_accelerator(known).peak_flops
 
 
 def test_groups_and_messages() -> None:

@@ -361,7 +361,14 @@ def shard_lists(draw: st.DrawFn) -> list[Shard]:
     """Small and large ones, so that some fill a bucket alone."""
     sizes = draw(st.lists(st.one_of(st.integers(1, 300), st.integers(1, 30 * 2**20)), min_size=1, max_size=20))
     treatments = st.sampled_from(
-        [(True, None, False), (False, None, False), (False, "tp", True), (True, "kv", True), (True, "embedding", True)]
+        [
+            (True, None, False),
+            (False, None, False),
+            (False, "tp", True),
+            (False, "tp", False),
+            (True, "kv", True),
+            (True, "embedding", True),
+        ]
     )
     out = []
     for i, numel in enumerate(sizes):

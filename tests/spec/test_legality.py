@@ -20,6 +20,7 @@ from meshwright.spec.legality import (
     micro_batches,
     refuse_unbuilt,
     refuse_unbuilt_model,
+    refuse_unrunnable_model,
 )
 from meshwright.spec.model import Model, Rope
 from meshwright.spec.notation import parse_layout
@@ -234,7 +235,10 @@ def test_a_model_that_can_only_be_counted_is_refused(name: str) -> None:
     refuse_unbuilt_model(MODEL)
 
 
-def test_a_rotary_rule_that_is_not_built_is_refused() -> None:
-    refuse_unbuilt_model(replace(MODEL, rope=Rope(llama3=(8.0, 1.0, 4.0, 32))))
+def test_a_rotary_rule_that_the_engine_does_not_know_can_be_priced_but_not_run() -> None:
+    unknown = replace(MODEL, rope=Rope(scaling="yarn"))
+    refuse_unbuilt_model(unknown)
     with pytest.raises(UserError, match=r"^m: rotary scaling 'yarn'.*legal: none, llama3$"):
-        refuse_unbuilt_model(replace(MODEL, rope=Rope(scaling="yarn")))
+        refuse_unrunnable_model(unknown)
+    refuse_unrunnable_model(replace(MODEL, rope=Rope(llama3=(8.0, 1.0, 4.0, 32))))
+    refuse_unrunnable_model(GPT2)

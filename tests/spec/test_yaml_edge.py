@@ -11,7 +11,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from meshwright.spec.errors import UserError
-from meshwright.spec.yaml_edge import parse_yaml, read_yaml, validate, write_text_atomically
+from meshwright.spec.files import write_text_atomically
+from meshwright.spec.yaml_edge import parse_yaml, read_yaml, validate
 
 
 class Strict(BaseModel):

@@ -50,7 +50,7 @@ def test_bf16_keeps_its_master_weights(tmp_path: Path) -> None:
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     layout = parse_layout("mb4 fp32")
     run_distributed(train_workers.train_and_save, 1, MODELS["tied"], WORKLOAD, layout, tmp_path, 1)
-    with pytest.raises(RankError, match="is of another model: model.head.weight has shape None"):
+    with pytest.raises(RankError, match=r"is of another model: model\.head\.weight has shape None"):
         run_distributed(train_workers.resume, 1, MODELS["untied"], WORKLOAD, layout, tmp_path, 2)
 
 

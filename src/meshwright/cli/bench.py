@@ -19,7 +19,7 @@ def bench(
 
     from meshwright.probe.bench import measure_cluster
     from meshwright.spec.catalogue import dump_cluster
-    from meshwright.spec.yaml_edge import write_text_atomically
+    from meshwright.spec.files import write_text_atomically
 
     columns = (TextColumn("measuring {task.description}"), BarColumn(24), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

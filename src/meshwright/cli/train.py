@@ -31,6 +31,9 @@ def train(
     resume: Annotated[
         bool | None, typer.Option("--resume", help="Go on from the newest checkpoint, whatever its layout.")
     ] = None,
+    export: Annotated[
+        str | None, typer.Option(help="Write the weights here at the end, as Hugging Face safetensors.")
+    ] = None,
     json_log: Annotated[str | None, typer.Option(help="Metrics, one JSON object a step.")] = None,
 ) -> None:
     """Train a model under a layout, on local processes or under torchrun or Slurm."""

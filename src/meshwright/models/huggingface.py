@@ -7,7 +7,6 @@ in one matrix; everything else is a rename.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meshwright.spec.errors import UserError
+from meshwright.spec.files import fsync
 from meshwright.spec.model import Model
 from meshwright.spec.parameters import parameters
 
@@ -142,12 +142,12 @@ def save_safetensors(model: Model, names: Iterable[str], read: Callable[[str], T
         directory.mkdir(parents=True, exist_ok=True)
         try:
             save_file(state, partial, metadata={"format": "pt"})
-            _fsync(partial)
+            fsync(partial)
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        _fsync(directory)  # the rename itself lives in the directory
+        fsync(directory)  # the rename itself lives in the directory
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     return path
@@ -186,14 +186,6 @@ def _opened(file: Path) -> Iterator[safe_open]:
         raise UserError(f"{file}: not a safetensors file, or a part of one: {error}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _table(model: Model) -> dict[str, str]:

@@ -15,8 +15,9 @@ from meshwright.probe.window import over_ranks, rank_device, rounded, seconds_of
 from meshwright.spec.cluster import CollectiveOp, CollectivePoint
 
 Operation = CollectiveOp | Literal["p2p"]
-_BATCH_SECONDS = 2e-3
-"""Short calls are timed by the batch: ranks leave a barrier some 100 us apart, which a single call would be charged for."""
+_BATCH_SECONDS = 0.02
+"""Least that is timed at once. Ranks leave a barrier some 0.1 ms apart, and milliseconds apart where they share cores: a short
+call alone would be charged for that."""
 _REPETITIONS = (3, 100)
 """Fewest and most timings of one point."""
 
@@ -82,15 +83,18 @@ def _there_and_back(group: Group, message: torch.Tensor) -> None:
 
 
 def _median_seconds(call: Callable[[], object], seconds: float) -> float:
-    """Of one call on the slowest rank. Ranks must call equally often, so they agree on how long a call takes first."""
+    """Of one call on the slowest rank. Ranks must call equally often, so they agree on every time that decides how often."""
     seconds_of(call)  # the first call connects
-    together()
-    once = over_ranks([seconds_of(call)], dist.ReduceOp.MAX)[0]
-    batch = max(1, int(_BATCH_SECONDS / once))
+    batch, took = 1, _slowest(call, 1)
+    while took < _BATCH_SECONDS:
+        batch *= 2
+        took = _slowest(call, batch)
     fewest, most = _REPETITIONS
-    repetitions = min(most, max(fewest, int(seconds / (batch * once))))
-    times = []
-    for _ in range(repetitions):
-        together()
-        times.append(seconds_of(call, batch) / batch)
-    return statistics.median(over_ranks(times, dist.ReduceOp.MAX))
+    repetitions = min(most, max(fewest, int(seconds / took)))
+    return statistics.median(_slowest(call, batch) for _ in range(repetitions)) / batch
+
+
+def _slowest(call: Callable[[], object], calls: int) -> float:
+    """Seconds of `calls` calls on the slowest rank; all start at once and learn the same."""
+    together()
+    return over_ranks([seconds_of(call, calls)], dist.ReduceOp.MAX)[0]

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from meshwright.report.units import count, gib, size
+from meshwright.report.units import count, gib
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.grid import Grid
 from meshwright.spec.layout import Layout
@@ -117,9 +117,3 @@ def _ranks(layout: Layout) -> RenderableType:
 
 def _short(ranks: tuple[int, ...]) -> str:
     return ",".join(map(str, ranks)) if len(ranks) <= 4 else f"{ranks[0]},{ranks[1]},..,{ranks[-1]}"
-
-
-def link_rates(cluster: Cluster) -> str:
-    """Scale-up and network rate of one accelerator, for a line of text."""
-    network = cluster.node.nics * cluster.node.nic_bandwidth / cluster.node.accelerators
-    return f"{size(cluster.accelerator.scale_up.bandwidth)}/s inside, {size(network)}/s between nodes"

@@ -6,10 +6,7 @@ Numbers and booleans follow YAML 1.2: `80e9` is a number (YAML 1.1 makes it text
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -151,31 +148,6 @@ def validate(model_class: type[ModelT], data: Mapping[str, Any], source: str | N
     dotted = ".".join(str(part) for part in path)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     raise UserError(f"{where}: {dotted + ': ' if dotted else ''}{_explain(model_class, first, path)}{more}")
-
-
-def write_text_atomically(path: str | Path, text: str) -> None:
-    """Replace the file at `path` in one step: after a crash it holds the old text or the new, never a part."""
-    target = Path(os.path.realpath(path))  # a link keeps pointing where it did
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            if target.exists():
-                shutil.copymode(target, temporary)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the rename itself lives in the directory
-        finally:
-            os.close(directory)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _malformed(error: yaml.MarkedYAMLError, text: str, source: str) -> UserError:

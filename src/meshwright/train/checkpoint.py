@@ -31,11 +31,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from meshwright.models.huggingface import save_safetensors
 from meshwright.parallel.data import FlatBucket
 from meshwright.parallel.mesh import Mesh
 from meshwright.spec.errors import UserError
+from meshwright.spec.files import fsync, write_text_atomically
+from meshwright.spec.model import Model
+from meshwright.spec.parameters import parameters
 from meshwright.spec.shards import Shard
-from meshwright.spec.yaml_edge import write_text_atomically
 from meshwright.train.optimizer import Optimizer
 
 ABOUT = "meshwright.json"
@@ -71,7 +74,7 @@ def save_checkpoint(directory: Path, step: int, about: dict[str, Any], mesh: Mes
         write_text_atomically(partial / ABOUT, json.dumps({"step": step, **about}, indent=1))
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
-        _fsync(directory)
+        fsync(directory)
     _barrier()
     return path
 
@@ -97,6 +100,14 @@ def load_checkpoint(path: Path, mesh: Mesh, optimizer: Optimizer) -> dict[str, A
     optimizer.set_step(int(about["step"]))
     optimizer.state.publish()
     return about
+
+
+def export_safetensors(path: Path, model: Model, out: Path) -> Path:
+    """The weights of the checkpoint at `path` as Hugging Face safetensors in `out`, whatever layout saved them. One process."""
+    whole = {p.name: torch.empty(p.shape) for p in parameters(model)}
+    boxes = {f"model.{name}": [Box((0,) * tensor.ndim, tuple(tensor.shape), tensor)] for name, tensor in whole.items()}
+    dcp.load({}, storage_reader=dcp.FileSystemReader(path), planner=_LoadPlanner(boxes), no_dist=True)
+    return save_safetensors(model, whole, whole.__getitem__, out)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -232,11 +243,3 @@ def _quiet() -> Iterator[None]:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def _fsync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

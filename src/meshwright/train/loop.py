@@ -19,10 +19,10 @@ from meshwright.parallel.apply import apply
 from meshwright.parallel.mesh import build_mesh
 from meshwright.spec.catalogue import accelerator_of_device, load_accelerator, load_cluster
 from meshwright.spec.errors import UserError
+from meshwright.spec.files import write_text_atomically
 from meshwright.spec.shards import Shard
-from meshwright.spec.yaml_edge import write_text_atomically
 from meshwright.train.batches import Batches, PackedTokens, check_vocabulary
-from meshwright.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from meshwright.train.checkpoint import export_safetensors, load_checkpoint, newest_checkpoint, save_checkpoint
 from meshwright.train.corpus import pack
 from meshwright.train.launch import rank_device
 from meshwright.train.optimizer import Optimizer
@@ -104,7 +104,9 @@ class Run:
 
     def save(self, step: int) -> None:
         about = {"recipe": self.recipe.model_dump(), "layout": str(self.mesh.layout), "model": self.model.name}
-        save_checkpoint(self.recipe.out_dir / "checkpoints", step, about, self.mesh, self.optimizer)
+        path = save_checkpoint(self.recipe.out_dir / "checkpoints", step, about, self.mesh, self.optimizer)
+        if self.recipe.export and step == self.recipe.steps and self.is_main:
+            export_safetensors(path, self.model, Path(self.recipe.export))
 
     def _resume(self) -> int:
         if not self.recipe.resume:

@@ -49,6 +49,8 @@ class Recipe(BaseModel):
     """Steps between checkpoints; 0: only at the end."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`, saved under whatever layout."""
+    export: str | None = None
+    """Directory to write the trained weights to, as Hugging Face safetensors."""
     json_log: str | None = None
     """Metrics of every step, one JSON object a line; `metrics.jsonl` in `out` by default."""
 
