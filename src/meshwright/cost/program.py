@@ -347,7 +347,7 @@ def _step_end(model: Model, layout: Layout, buckets: tuple[Bucket, ...]) -> Iter
 
 
 def _optimizer(layout: Layout, buckets: tuple[Bucket, ...]) -> Elementwise:
-    """AdamW over the owned elements reads and writes all it holds; the gradients are also cleared, normed and clipped."""
+    """AdamW over the owned elements reads and writes all it holds; the gradients are also put in place, normed and clipped."""
     bytes_ = STATE_BYTES[layout.precision]
     whole = sum(bucket.numel for bucket in buckets)
     owned = whole // layout.state_shards

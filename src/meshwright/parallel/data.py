@@ -57,6 +57,7 @@ class DataParallel:
         self.mesh = mesh
         self.buckets = [FlatBucket(bucket, mesh) for bucket in plan]
         self._missing = [0] * len(plan)
+        self._empty: dict[str, Tensor] = {}
         self._next = 0
         self._pending: list[Any] = []
         self._reducing = False
@@ -65,15 +66,11 @@ class DataParallel:
         """Watch the gradients of `parameters` (global names), whose memory must be this object's buckets."""
         for index, bucket in enumerate(self.buckets):
             for name, view in bucket.views(bucket.gradients):
-                parameter = parameters[name]
-                if parameter.dtype == view.dtype:
-                    parameter.grad = view
-                parameter.register_post_accumulate_grad_hook(self._hook(index, view))
+                parameters[name].register_post_accumulate_grad_hook(self._hook(index, name, view))
 
     def begin_step(self) -> None:
-        """Forget the gradients of the step before."""
-        for bucket in self.buckets:
-            bucket.gradients.zero_()
+        """Forget the gradients of the step before: the first ones to come overwrite them, which saves clearing them."""
+        self._empty = {name: view for bucket in self.buckets for name, view in bucket.views(bucket.gradients)}
         self._missing = [len(bucket.plan.shards) for bucket in self.buckets]
         self._next = 0
         self._reducing = False
@@ -84,7 +81,8 @@ class DataParallel:
 
     def finish_step(self) -> None:
         """Wait for the reductions; sum the gradients of which each replica holds a part."""
-        self._reducing = True
+        for view in self._empty.values():  # parameters that nothing in this step depended on
+            view.zero_()
         while self._next < len(self.buckets):
             self._reduce_next()
         for handle in self._pending:
@@ -120,11 +118,14 @@ class DataParallel:
         for bucket in self.buckets:
             bucket.weights.grad.mul_(factor)  # type: ignore[union-attr]
 
-    def _hook(self, index: int, view: Tensor) -> Any:
+    def _hook(self, index: int, name: str, view: Tensor) -> Any:
         def ready(parameter: Tensor) -> None:
-            if parameter.dtype != view.dtype:
-                view.add_(parameter.grad)  # type: ignore[arg-type]
-                parameter.grad = None
+            assert parameter.grad is not None
+            if self._empty.pop(name, None) is None:
+                view.add_(parameter.grad)
+            else:
+                view.copy_(parameter.grad)
+            parameter.grad = None
             if self._reducing:
                 self._missing[index] -= 1
                 while self._next < len(self.buckets) and self._missing[self._next] == 0:
