@@ -117,6 +117,9 @@ def test_what_cannot_be_measured_is_refused() -> None:
         measure_cluster(0, base=None)
     with pytest.raises(UserError, match="a node of local has 4 accelerators"):
         measure_cluster(8, base=load_cluster("local"))
+    with pytest.raises(UserError, match="tpu-v5p-pod is made of tpu-v5p"):
+        pod = load_cluster("local").model_copy(update={"name": "tpu-v5p-pod", "accelerator": load_accelerator("tpu-v5p")})
+        measure_cluster(2, base=pod)
     with pytest.raises(UserError, match="ranks 4 on 2 GPUs"):
         Machine("NVIDIA H100 PCIe", "NVIDIA", cores=16, devices=2, memory_bytes=80 * 2**30).check_ranks(4)
 

@@ -96,20 +96,25 @@ class CollectiveTimes:
         return protocol.base_latency + steps * protocol.hop_latency
 
     def _measured(self, c: Collective) -> float | None:
-        points = self._points.get("p2p" if c.op == "send" else c.op)
-        if not points:
+        by_size = self._points.get(("p2p" if c.op == "send" else c.op, self.link(c)))
+        if not by_size:
             return None
-        sizes = sorted({ranks for ranks, _ in points})
-        nearest = min(sizes, key=lambda n: abs(n - c.group_size)) if c.op != "send" else sizes[0]
-        series = sorted((nbytes, seconds) for (ranks, nbytes), seconds in points.items() if ranks == nearest)
-        largest, slowest = series[-1]
-        seconds = interpolate(series, c.bytes) if c.bytes <= largest else slowest * c.bytes / largest
-        # Between group sizes the ring's share of the bytes on the wire changes; its latency grows with the steps.
-        return seconds if nearest == c.group_size or c.op == "send" else seconds * (c.group_size - 1) / (nearest - 1)
+        at = sorted((ranks, _at(sorted(series.items()), c.bytes)) for ranks, series in by_size.items())
+        if c.op == "send":
+            return at[0][1]
+        # Beyond the sizes measured: each further rank is one more step, over links that all share.
+        nearest = min(max(c.group_size, at[0][0]), at[-1][0])
+        return interpolate(at, nearest) * (c.group_size - 1) / (nearest - 1)
 
     @cached_property
-    def _points(self) -> dict[str, dict[tuple[int, int], float]]:
-        out: dict[str, dict[tuple[int, int], float]] = {}
+    def _points(self) -> dict[tuple[str, LinkTier], dict[int, dict[int, float]]]:
+        """(operation, links) to group size to bytes to seconds. What neighbours reached says nothing of slower links."""
+        out: dict[tuple[str, LinkTier], dict[int, dict[int, float]]] = {}
         for p in self.cluster.measured.collectives if self.cluster.measured else ():
-            out.setdefault(p.op, {})[p.ranks, p.bytes] = p.seconds
+            out.setdefault((p.op, self.cluster.tier(1, p.ranks)), {}).setdefault(p.ranks, {})[max(1, p.bytes)] = p.seconds
         return out
+
+
+def _at(series: list[tuple[int, float]], nbytes: int) -> float:
+    largest, slowest = series[-1]
+    return interpolate(series, nbytes) if nbytes <= largest else slowest * nbytes / largest

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from meshwright.cost.collectives import CollectiveTimes
-from meshwright.cost.flops import model_flops_per_token
+from meshwright.cost.flops import model_flops_per_token, recomputed_flops_per_token
 from meshwright.cost.kernels import Kernels
-from meshwright.cost.memory import StageMemory, quick_stage_memory, stage_memory
+from meshwright.cost.memory import StageMemory, passing_bytes, stage_memory, state_bytes
 from meshwright.cost.program import (
     Attention,
     Collective,
@@ -128,6 +129,17 @@ class Durations:
     """Forward and backward without communication."""
 
 
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What the parameters of a stage cost a rank."""
+
+    reductions: tuple[float, ...]
+    """Seconds of each bucket's gradient reduction."""
+    rest: float
+    """Seconds of the step's other collectives and of the optimizer."""
+    bytes: int
+
+
 class Estimator:
     """Prices layouts of one model, cluster and workload; remembers what layouts share."""
 
@@ -136,15 +148,17 @@ class Estimator:
         self.model, self.cluster, self.workload = model, cluster, workload
         self.times = CollectiveTimes(cluster, load_collective_constants())
         self.flops = model_flops_per_token(model, workload.seq)
+        self.recomputed_flops = recomputed_flops_per_token(model, workload.seq)
         given = cluster.accelerator.overhead_bytes
         self.overhead = load_kernel_constants().overhead_bytes if given is None else given
         self._seconds: dict[tuple[int, bool], tuple[Piece, Durations]] = {}
+        self._states: dict[tuple[object, ...], _State] = {}
 
     def estimate(self, layout: Layout) -> Estimate:
         """Price `layout` by playing its schedule. Raises UserError for a layout that cannot be run."""
         self.check(layout)
         schedule = layout_schedule(layout, micro_batches(layout, self.workload))
-        kinds = distinct_stages(self.model.layers, layout.pp)
+        kinds = distinct_stages(self.model.layers, layout.pp, self.model.windows)
         programs = self._programs(layout)
         memory = tuple(stage_memory(p, layout, schedule, stage, self.overhead) for stage, p in enumerate(programs))
         send = self.send_seconds(layout)
@@ -156,42 +170,52 @@ class Estimator:
         # Between fill and drain a send runs beside computation; filling and draining wait for one hop a stage each.
         costs = self._collective_costs(programs, layout, alone, exposed_sends=2 * (layout.pp - 1) * send)
         compute = max(d.compute for d in alone) * schedule.micro_batches
-        return self._result(layout, step, timeline, memory, costs, compute)
+        kernels = self._kernels(layout, shared=True)
+        optimizer = max(kernels.elementwise(p.optimizer) for p in programs)
+        return self._result(layout, step, timeline, memory, costs, {"compute": compute, "optimizer": optimizer})
 
     def quick(self, layout: Layout) -> Quick:
-        """Time and fit by closed form, for ranking candidates: no schedule is played and no bucket planned."""
+        """Time by closed form, for ranking candidates: all as in `estimate`, but that no schedule is played."""
         m = micro_batches(layout, self.workload)
-        kinds = distinct_stages(self.model.layers, layout.pp)
+        kinds = distinct_stages(self.model.layers, layout.pp, self.model.windows)
         pieces = [stage_pieces(self.model, layout, self.workload.seq, Place(stage)) for stage, _ in kinds]
         alone = [self.durations(p, layout, shared=False) for p in pieces]
-        each = [d.forward + d.backward for d in alone]
-        total = sum(seconds * count for seconds, (_, count) in zip(each, kinds, strict=True))
-        pipeline = (m - 1) * max(each) + total + 2 * (layout.pp - 1) * self.send_seconds(layout)
-        memory = [
-            quick_stage_memory(
-                self.model,
-                layout,
-                p,
-                peak_in_flight(layout.schedule, stage, layout.pp, m),
-                stage,
-                self.workload.seq,
-                self.overhead,
-            )
-            for p, (stage, _) in zip(pieces, kinds, strict=True)
-        ]
-        end = max(self._quick_end(layout, categories, d) for categories, d in zip(memory, alone, strict=True))
-        peak = max(sum(categories.values()) for categories in memory)
+        hop = self.send_seconds(layout)
+        each = [d.forward + d.backward for d, (_, count) in zip(alone, kinds, strict=True) for _ in range(count)]
+        pipeline = (m - 1) * _pace(layout, each, hop, m) + sum(each) + 2 * (layout.pp - 1) * hop
         floor = self._shared_floor(layout, [(p, count) for p, (_, count) in zip(pieces, kinds, strict=True)])
-        return Quick(max(pipeline, floor) + end, peak, peak <= self.cluster.accelerator.memory_bytes)
+        end = peak = 0.0
+        for p, d, (stage, _) in zip(pieces, alone, kinds, strict=True):
+            state = self._state(layout, stage)
+            sent = sum(c.bytes for c in boundary(self.model, layout, self.workload.seq, stage))
+            held = passing_bytes(p, peak_in_flight(layout.schedule, stage, layout.pp, m), sent)
+            end = max(end, self._exposed_reduction(state.reductions, d) + state.rest)
+            peak = max(peak, state.bytes + sum(held.values()) + self.overhead)
+        return Quick(max(pipeline, floor) + end, int(peak), peak <= self.cluster.accelerator.memory_bytes)
+
+    def _state(self, layout: Layout, stage: int) -> _State:
+        """What a stage's parameters cost, whatever the micro-batch: layouts that share it plan their buckets once."""
+        key = (layout.dp, layout.tp, layout.sp, layout.pp, layout.zero, layout.order, layout.precision, stage)
+        if key not in self._states:
+            program = rank_program(self.model, layout, self.workload, Place(stage))
+            self._states[key] = _State(
+                tuple(self.times.seconds(c) for c in program.gradient_reductions),
+                self._rest(program, layout),
+                sum(state_bytes(program, layout).values()),
+            )
+        return self._states[key]
 
     def _programs(self, layout: Layout) -> list[Program]:
         """Each stage's program; stages that hold the same share one."""
         held = stage_layers(self.model.layers, layout.pp)
         out: list[Program] = []
         for stage in range(layout.pp):
-            same = 1 < stage < layout.pp - 1 and len(held[stage]) == len(held[stage - 1])
+            same = 1 < stage < layout.pp - 1 and self._windows(held[stage]) == self._windows(held[stage - 1])
             out.append(out[-1] if same else rank_program(self.model, layout, self.workload, Place(stage)))
         return out
+
+    def _windows(self, layers: range) -> list[int | None]:
+        return [self.model.window(layer) for layer in layers]
 
     def check(self, layout: Layout) -> None:
         """Raise UserError when the layout cannot run this model and workload, or is not built yet."""
@@ -256,33 +280,19 @@ class Estimator:
 
     def _step_end(self, program: Program, layout: Layout, d: Durations) -> float:
         """After the last backward: what is left of the gradient reduction, the step's other collectives, the optimizer."""
-        reductions = [self.times.seconds(c) for c in program.gradient_reductions]
-        rest = sum(self.times.seconds(c) for c in program.step_end)
-        return (
-            self._exposed_reduction(reductions, d)
-            + rest
-            + self._kernels(layout, shared=True).elementwise(program.optimizer)
-        )
+        reductions = tuple(self.times.seconds(c) for c in program.gradient_reductions)
+        return self._exposed_reduction(reductions, d) + self._rest(program, layout)
 
-    def _exposed_reduction(self, reductions: list[float], d: Durations) -> float:
+    def _rest(self, program: Program, layout: Layout) -> float:
+        """The step's other collectives, and the optimizer."""
+        sent = sum(self.times.seconds(c) for c in program.step_end)
+        return sent + self._kernels(layout, shared=True).elementwise(program.optimizer)
+
+    def _exposed_reduction(self, reductions: Sequence[float], d: Durations) -> float:
         """All but the last bucket can run under the last micro-batch's backward."""
         if not reductions or not self.times.hides:
             return sum(reductions)
         return max(reductions[-1], sum(reductions) - d.backward)
-
-    def _quick_end(self, layout: Layout, categories: dict[str, int], d: Durations) -> float:
-        kernels = self._kernels(layout, shared=True)
-        state = categories["parameters"] + categories["gradients"] + categories["optimizer"]
-        seconds = kernels.elementwise(Elementwise("optimizer", 2.0 * state))
-        if layout.dp > 1:
-            op = "reduce_scatter" if layout.zero else "all_reduce"
-            reduction = Collective("dp", op, layout.dp, layout.stride("dp"), categories["gradients"])  # type: ignore[arg-type]
-            total = self.times.seconds(reduction)
-            seconds += max(0.0, total - d.backward) if self.times.hides else total
-            if layout.zero:
-                gather = Collective("dp", "all_gather", layout.dp, layout.stride("dp"), categories["parameters"])
-                seconds += self.times.seconds(gather)
-        return seconds
 
     def _collective_costs(
         self, programs: list[Program], layout: Layout, alone: list[Durations], exposed_sends: float
@@ -327,7 +337,7 @@ class Estimator:
         timeline: Timeline,
         memory: tuple[StageMemory, ...],
         costs: tuple[CollectiveCost, ...],
-        compute: float,
+        work: dict[str, float],
     ) -> Estimate:
         kernels = self._kernels(layout, shared=False)
         limit = self.cluster.accelerator.memory_bytes
@@ -335,7 +345,7 @@ class Estimator:
         exposed: dict[str, float] = {}
         for cost in costs:
             exposed[cost.axis] = exposed.get(cost.axis, 0.0) + cost.exposed_s
-        spent = compute + sum(exposed.values())
+        breakdown = work | {f"{axis} exposed": seconds for axis, seconds in exposed.items()}
         return Estimate(
             layout=layout,
             model=self.model.name,
@@ -343,15 +353,13 @@ class Estimator:
             workload=self.workload,
             step_time_s=step,
             mfu=mfu,
-            hfu=mfu * (4 / 3 if layout.recompute == "full" else 1),
+            hfu=mfu * (1 + self.recomputed_flops / self.flops if layout.recompute == "full" else 1),
             bubble=timeline.bubble,
             fits=max(stage.total_bytes for stage in memory) <= limit,
             memory=memory,
             memory_limit_bytes=limit,
             collectives=costs,
-            breakdown={"compute": compute}
-            | {f"{axis} exposed": t for axis, t in exposed.items()}
-            | {"waiting and optimizer": max(0.0, step - spent)},
+            breakdown=breakdown | {"waiting": max(0.0, step - sum(breakdown.values()))},
             evidence={
                 "compute": kernels.evidence,
                 "communication": self.times.evidence,
@@ -359,6 +367,17 @@ class Estimator:
             },
             timeline=timeline,
         )
+
+
+def _pace(layout: Layout, stages: Sequence[float], hop: float, m: int) -> float:
+    """Seconds between two micro-batches: of the slowest stage; under 1F1B a stage, k before the end, also waits until one of the k
+    micro-batches that it may hold has been to the end and back."""
+    pace, tail = max(stages), 0.0
+    for k, seconds in enumerate(reversed(stages), start=1):
+        tail += seconds
+        if layout.schedule == "1f1b" and k < m:
+            pace = max(pace, (tail + 2 * (k - 1) * hop) / k)
+    return pace
 
 
 def estimate(model: Model, cluster: Cluster, workload: Workload, layout: Layout) -> Estimate:

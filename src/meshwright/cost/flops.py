@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meshwright.spec.model import Model
-from meshwright.spec.parameters import count_parameters
+from meshwright.spec.parameters import count_parameters, layer_parameters
 
 
 def model_flops_per_token(model: Model, seq: int) -> float:
@@ -20,3 +20,13 @@ def model_flops_per_token(model: Model, seq: int) -> float:
     width = model.heads * (key_dim + value_dim) / 2
     spans = [min(model.window(i) or seq, seq) for i in range(model.layers)]
     return 6.0 * multiplying + 12.0 * width * sum(spans)
+
+
+def recomputed_flops_per_token(model: Model, seq: int) -> float:
+    """What full recompute adds, by the same convention: the layers' forward, but for the last product of each.
+
+    Backward needs that product's input, not its output, and the head is not recomputed (`cost/program.py`).
+    """
+    layers = [p for i in range(model.layers) for p in layer_parameters(model, i) if ".mlp.down." not in p.name]
+    spans = [min(model.window(i) or seq, seq) for i in range(model.layers)]
+    return 2.0 * sum(p.numel for p in layers) + 4.0 * model.heads * model.head_dim * sum(spans)

@@ -167,7 +167,8 @@ def rank_program(model: Model, layout: Layout, workload: Workload, place: Place)
     """The program of the rank at `place`. The layout must have passed `spec.legality.check_layout`."""
     first, last = place.stage == 0, place.stage == layout.pp - 1
     layers = stage_layers(model.layers, layout.pp)[place.stage]
-    shards = stage_shards(model, layout, first, last, layers, place.tp)
+    # The shards know nothing of data parallelism: layouts that differ in it share them.
+    shards = stage_shards(model, Layout(tp=layout.tp, sp=layout.sp, pp=layout.pp), first, last, layers, place.tp)
     bytes_ = STATE_BYTES[layout.precision]
     buckets = plan_buckets(shards, ranks=layout.dp, cuts=layout.state_shards, element_bytes=bytes_.gradient)
     return Program(
@@ -319,9 +320,9 @@ def _gradient_reductions(layout: Layout, buckets: tuple[Bucket, ...]) -> Iterato
     if layout.dp == 1:
         return
     op: CollectiveOp = "reduce_scatter" if layout.state_shards > 1 else "all_reduce"
-    size = STATE_BYTES[layout.precision].gradient
+    size, stride = STATE_BYTES[layout.precision].gradient, layout.stride("dp")
     for bucket in buckets:
-        yield Collective("dp", op, layout.dp, layout.stride("dp"), bucket.numel * size)
+        yield Collective("dp", op, layout.dp, stride, bucket.numel * size)
 
 
 def _step_end(model: Model, layout: Layout, buckets: tuple[Bucket, ...]) -> Iterator[Collective]:
@@ -342,8 +343,9 @@ def _step_end(model: Model, layout: Layout, buckets: tuple[Bucket, ...]) -> Iter
         if layout.degree(axis) > 1:
             yield Collective(axis, "all_reduce", layout.degree(axis), layout.stride(axis), 16)
     if layout.state_shards > 1:
+        stride = layout.stride("dp")
         for bucket in buckets:
-            yield Collective("dp", "all_gather", layout.dp, layout.stride("dp"), bucket.numel * bytes_.parameter)
+            yield Collective("dp", "all_gather", layout.dp, stride, bucket.numel * bytes_.parameter)
 
 
 def _optimizer(layout: Layout, buckets: tuple[Bucket, ...]) -> Elementwise:

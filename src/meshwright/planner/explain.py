@@ -9,6 +9,8 @@ from meshwright.spec.layout import Layout
 
 AXIS_NAMES = {"tp": "tensor-parallel", "dp": "data-parallel", "pp": "pipeline", "cp": "context-parallel"}
 GIB = 2**30
+SAME = 5e-4
+"""Share of the step below which two layouts are called equally quick."""
 
 
 def reason_against(estimate: Estimate, best: Estimate | None) -> str:
@@ -20,9 +22,9 @@ def reason_against(estimate: Estimate, best: Estimate | None) -> str:
             f"does not fit: stage {worst.stage} needs {worst.total_bytes / GIB:.1f} GiB of {estimate.memory_limit_bytes / GIB:.1f}, "
             f"{worst.categories[category] / GIB:.1f} of it {category}"
         )
-    if best is None or estimate.step_time_s <= best.step_time_s:
+    loss = 1 - best.step_time_s / estimate.step_time_s if best else 0.0
+    if best is None or loss < SAME:
         return "as quick as the best"
-    loss = 1 - best.step_time_s / estimate.step_time_s
     return f"-{loss:.1%} tokens/s: {_main_difference(estimate, best)}"
 
 
@@ -56,11 +58,14 @@ def _main_difference(estimate: Estimate, best: Estimate) -> str:
     parts = dict.fromkeys((*estimate.breakdown, *best.breakdown))
     grown = {part: estimate.breakdown.get(part, 0.0) - best.breakdown.get(part, 0.0) for part in parts}
     grown["bubble"] = estimate.bubble * estimate.step_time_s - best.bubble * best.step_time_s
-    grown.pop("waiting and optimizer", None)
+    grown.pop("waiting", None)  # the bubble and what the stages' differences add to it
     part = max(grown, key=lambda name: grown[name])
     axis = part.split()[0]
     if part == "bubble":
-        return f"pipeline bubble {estimate.bubble:.0%} of the step, against {best.bubble:.0%}"
+        return f"pipeline bubble {_seconds(grown[part])} longer: {estimate.bubble:.0%} of the step, {best.bubble:.0%} in the best"
+    if part == "optimizer":
+        whole = ", its state not cut over dp" if best.layout.zero > estimate.layout.zero else ""
+        return f"optimizer {_seconds(grown[part])} longer{whole}"
     if part == "compute":
         why = ", full recompute" if estimate.layout.recompute == "full" and best.layout.recompute == "none" else ""
         return f"computation {_seconds(grown[part])} longer{why}"
@@ -69,4 +74,4 @@ def _main_difference(estimate: Estimate, best: Estimate) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"

@@ -15,7 +15,7 @@ from meshwright.probe.collectives import group_sizes, measure_collectives, opera
 from meshwright.probe.compute import DTYPES, measure_attention, measure_matmul, measure_memory
 from meshwright.probe.machine import Machine, catalogue_name, load_share, this_machine
 from meshwright.probe.window import rounded
-from meshwright.spec.catalogue import load_accelerator, load_cluster
+from meshwright.spec.catalogue import catalogue_accelerators, load_accelerator, load_cluster
 from meshwright.spec.cluster import Accelerator, AttentionPoint, Cluster, CollectivePoint, MatmulPoint, Measured, ScaleUp
 from meshwright.spec.errors import UserError, choices
 
@@ -98,14 +98,7 @@ def measure_cluster(
     Raises UserError for precisions and numbers of ranks that cannot be measured here.
     """
     machine = this_machine()
-    machine.check_ranks(ranks)
-    for precision in precisions:
-        if precision not in DTYPES:
-            raise choices(precision, DTYPES, "precision")
-    if base is not None and ranks > base.node.accelerators:
-        raise UserError(
-            f"ranks {ranks}: a node of {base.name} has {base.node.accelerators} accelerators, and one node is measured"
-        )
+    _check(machine, ranks, precisions, base)
     source = _source(machine, ranks)
     tasks = list(_tasks(ranks, precisions, sizes or (GPU_SIZES if machine.devices else CPU_SIZES)))
     found = _findings(tasks, _run(tasks, machine, max(1, machine.cores // ranks), seconds, progress or (lambda *_: None)))
@@ -120,19 +113,38 @@ def measure_cluster(
     return (base or _own_cluster(machine, ranks, measured, found.memory[1])).model_copy(update=changes)
 
 
+def _check(machine: Machine, ranks: int, precisions: tuple[str, ...], base: Cluster | None) -> None:
+    machine.check_ranks(ranks)
+    for precision in precisions:
+        if precision not in DTYPES:
+            raise choices(precision, DTYPES, "precision")
+    if base is None:
+        return
+    wanted, here = base.accelerator.name, catalogue_name(machine.processor) if machine.devices else "cpu"
+    if wanted in catalogue_accelerators() and wanted != here:
+        raise UserError(f"{base.name} is made of {wanted}, but this machine computes on {machine.processor}")
+    if ranks > base.node.accelerators:
+        has = base.node.accelerators
+        raise UserError(f"ranks {ranks}: a node of {base.name} has {has} accelerators, and one node is measured")
+
+
 def _source(machine: Machine, ranks: int) -> str:
     """Where the figures come from, and whether they deserve trust: a busy machine measures slow."""
     version = torch.__version__.split("+")[0]
-    where = f"{machine.processor}, {machine.cores} cores, torch {version}, {machine.backend}, {ranks} ranks"
+    where = f"{machine.processor}, {machine.cores} cores, torch {version}, {machine.backend}, {_count(ranks)}"
     busy = load_share()
     doubt = f"; other processes took {busy:.0%} of the cores before it started" if busy > _BUSY else ""
     return f"meshwright bench, {date.today().isoformat()}, {where}{doubt}"
 
 
+def _count(ranks: int) -> str:
+    return f"{ranks} rank{'s' if ranks > 1 else ''}"
+
+
 def _tasks(ranks: int, precisions: tuple[str, ...], sizes: Sizes) -> Iterator[_Task]:
     """The slow ones, many ranks at work on large shapes, come first, so that later ones can make up for them."""
     for active in sorted({1, ranks}, reverse=True):
-        on = f"on {active} rank{'s' if active > 1 else ''}"
+        on = f"on {_count(active)}"
         for precision in precisions:
             yield _Task(f"{precision} matmul {on}", active, measure_matmul, (precision, sizes.matmul), len(sizes.matmul), 2)
             attention = (precision, sizes.attention, sizes.heads)
@@ -203,7 +215,7 @@ def _accelerator(machine: Machine, ranks: int, measured: Measured, memory_bandwi
     for point in measured.matmul:
         if point.active == 1:
             peaks[point.precision] = max(point.flops_per_s, peaks.get(point.precision, 0.0))
-    shared = f"One of {ranks} ranks on {machine.processor}, {machine.cores} cores"
+    shared = f"One of {_count(ranks)} on {machine.processor}, {machine.cores} cores"
     return load_accelerator("cpu").model_copy(
         update={
             "name": machine.slug if machine.devices else f"cpu-{machine.slug}",

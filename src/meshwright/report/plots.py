@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meshwright.cost.timeline import Timeline
 from meshwright.schedule.actions import Kind
+from meshwright.spec.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLOURS = {Kind.FORWARD: "#4c72b0", Kind.BACKWARD: "#dd8452"}
 
@@ -28,7 +33,7 @@ def plot_loss(metrics: Path, out: Path) -> None:
     right.plot(steps, [row["grad_norm"] for row in rows], color="#dd8452", linewidth=0.8)
     right.set_ylabel("gradient norm", color="#dd8452")
     figure.tight_layout()
-    figure.savefig(out, dpi=120)
+    _save(figure, out)
     plt.close(figure)
 
 
@@ -58,5 +63,14 @@ def plot_timeline(timeline: Timeline, out: Path, title: str) -> None:
     axes.set_xlabel("seconds")
     axes.set_title(f"{title}: bubble {timeline.bubble:.1%}", fontsize=10)
     figure.tight_layout()
-    figure.savefig(out, dpi=120)
+    _save(figure, out)
     plt.close(figure)
+
+
+def _save(figure: Figure, out: Path) -> None:
+    try:
+        figure.savefig(out, dpi=120)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    except ValueError as error:  # an ending that names no format
+        raise UserError(f"{out}: {error}") from None

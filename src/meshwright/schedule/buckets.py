@@ -54,14 +54,17 @@ def plan_buckets(shards: Sequence[Shard], *, ranks: int, cuts: int, element_byte
     """
     limit = bucket_bytes(ranks) // element_bytes
     open_: dict[tuple[object, ...], list[Shard]] = {}
+    filled: dict[tuple[object, ...], int] = {}
     out: list[Bucket] = []
     for shard in reversed(shards):
         key = (shard.decay, shard.replicas, shard.partial)
         waiting = open_.setdefault(key, [])
-        if waiting and sum(_aligned(s.numel) for s in waiting) + shard.numel > limit:
+        if waiting and filled[key] + shard.numel > limit:
             out.append(_close(waiting, cuts))
             waiting.clear()
+            filled[key] = 0
         waiting.append(shard)
+        filled[key] = filled.get(key, 0) + _aligned(shard.numel)
     out += [_close(waiting, cuts) for waiting in open_.values() if waiting]
     return tuple(out)
 

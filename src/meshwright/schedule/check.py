@@ -45,11 +45,10 @@ def _check_stage(schedule: Schedule, stage: int) -> None:
             raise UserError(f"schedule {schedule.name}: stage {stage} does {action} before its forward")
         seen.add(action)
     for kind in (Kind.FORWARD, Kind.BACKWARD):
-        done = sum(action.kind is kind for action in seen)
-        if done != schedule.micro_batches:
-            raise UserError(
-                f"schedule {schedule.name}: stage {stage} does {done} of {schedule.micro_batches} {kind.name.lower()}s"
-            )
+        done = {action.micro_batch for action in seen if action.kind is kind}
+        if wrong := sorted(done.symmetric_difference(range(schedule.micro_batches))):
+            what = f"{'invents' if wrong[0] in done else 'lacks'} {kind.name.lower()} {wrong[0]}"
+            raise UserError(f"schedule {schedule.name}: stage {stage} {what} of {schedule.micro_batches} micro-batches")
 
 
 def _check_no_deadlock(schedule: Schedule) -> None:
@@ -80,7 +79,19 @@ def _check_no_deadlock(schedule: Schedule) -> None:
                     open_[stage].discard(action)
                     open_[peer].discard(other)
                     moved = True
-    stuck = [(stage, min(open_[stage], key=str)) for stage in range(schedule.stages) if open_[stage]]
+    stuck = {stage: min(open_[stage], key=str) for stage in range(schedule.stages) if open_[stage]}
     if stuck:
-        where = "; ".join(f"stage {stage} waits in {action}" for stage, action in stuck[:2])
+        where = "; ".join(f"stage {stage} waits in {stuck[stage]}" for stage in _at_the_root(stuck))
         raise UserError(f"schedule {schedule.name} deadlocks: {where}")
+
+
+def _at_the_root(stuck: dict[int, Action]) -> list[int]:
+    """The two neighbours that wait for each other, or the stage that waits for one that is through: others wait for these."""
+    stage = min(stuck)
+    while True:
+        peer = stage + stuck[stage].kind.step
+        if peer not in stuck:
+            return [stage]
+        if peer + stuck[peer].kind.step == stage:
+            return sorted((stage, peer))
+        stage = peer

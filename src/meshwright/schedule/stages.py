@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from meshwright.spec.errors import UserError
 
 
@@ -22,10 +24,13 @@ def stage_layers(layers: int, stages: int) -> tuple[range, ...]:
     return tuple(out)
 
 
-def distinct_stages(layers: int, stages: int) -> list[tuple[int, int]]:
-    """(earliest stage, how many) of stages that hold the same: the first, the last, and those between by layer count."""
+def distinct_stages(layers: int, stages: int, windows: Sequence[int | None] = ()) -> list[tuple[int, int]]:
+    """(earliest stage, how many) of stages that hold the same: the first, the last, and those between by layer count.
+
+    `windows`: of each layer's attention, where they differ.
+    """
     held = stage_layers(layers, stages)
-    kinds: dict[tuple[bool, bool, int], list[int]] = {}
+    kinds: dict[tuple[object, ...], list[int]] = {}
     for stage, its in enumerate(held):
-        kinds.setdefault((stage == 0, stage == stages - 1, len(its)), []).append(stage)
+        kinds.setdefault((stage == 0, stage == stages - 1, len(its), *windows[its.start : its.stop]), []).append(stage)
     return [(members[0], len(members)) for members in kinds.values()]

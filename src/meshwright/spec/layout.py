@@ -63,7 +63,7 @@ class Layout:
         if self.zero not in (0, 1, 2, 3):
             raise UserError(f"ZeRO stage must be 0, 1, 2 or 3, got {self.zero}")
         if sorted(self.order) != sorted(DENSE_AXES):
-            raise UserError(f"rank order {'-'.join(self.order)} must name each of {', '.join(DENSE_AXES)} once")
+            raise UserError(f"rank order {'-'.join(self.order)!r} must name each of {', '.join(DENSE_AXES)} once")
         self._refuse_ignored_modes()
         self._refuse_broken_equations()
 

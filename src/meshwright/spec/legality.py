@@ -38,6 +38,8 @@ def check_world(layout: Layout, ranks: int) -> None:
     if layout.world == ranks:
         return
     parts = [f"{axis}{layout.degree(axis)}" for axis in ("pp", "dp", "cp", "tp") if layout.degree(axis) > 1] or ["dp1"]
+    if ranks < 1:
+        raise UserError(f"gpus must be at least 1, got {ranks}")
     replica = layout.world // layout.dp
     if ranks % replica == 0:
         hint = f"dp{ranks // replica} would fill {ranks}"
@@ -100,20 +102,20 @@ def _check_tensor_parallel(layout: Layout, model: Model, workload: Workload) -> 
     if tp == 1:
         return
     if model.heads % tp:
-        legal = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
         raise UserError(
-            f"tp {tp} does not divide the {model.heads} attention heads of {model.name}: legal tp: {_list(legal)}"
+            f"tp {tp} does not divide the {model.heads} attention heads of {model.name}: legal tp: {_legal_tp(model)}"
         )
     if model.kv_heads % tp and tp % model.kv_heads:
         raise UserError(
             f"tp {tp} neither divides the {model.kv_heads} key-value heads of {model.name} nor is a multiple of them: "
-            f"try tp {model.kv_heads}"
+            f"legal tp: {_legal_tp(model)}"
         )
     if model.ffn % tp:
-        legal = [n for n in range(1, model.heads + 1) if model.heads % n == 0 and model.ffn % n == 0]
-        raise UserError(f"tp {tp} does not divide the MLP width {model.ffn} of {model.name}: legal tp: {_list(legal)}")
-    if (tp - 1) * -(-model.vocab // tp) >= model.vocab:
-        raise UserError(f"tp {tp} leaves a rank without any of the {model.vocab} vocabulary rows of {model.name}")
+        raise UserError(f"tp {tp} does not divide the MLP width {model.ffn} of {model.name}: legal tp: {_legal_tp(model)}")
+    if _idle_vocabulary(model, tp):
+        raise UserError(
+            f"tp {tp} leaves a rank without any of the {model.vocab} vocabulary rows of {model.name}: legal tp: {_legal_tp(model)}"
+        )
     tokens = layout.micro_batch * workload.seq
     if layout.sp and tokens % tp:
         raise UserError(
@@ -122,5 +124,12 @@ def _check_tensor_parallel(layout: Layout, model: Model, workload: Workload) -> 
         )
 
 
-def _list(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+def _idle_vocabulary(model: Model, tp: int) -> bool:
+    return (tp - 1) * -(-model.vocab // tp) >= model.vocab
+
+
+def _legal_tp(model: Model) -> str:
+    """Every degree that heads, key-value heads, MLP width and vocabulary allow."""
+    divides = (n for n in range(1, model.heads + 1) if model.heads % n == 0 and model.ffn % n == 0)
+    shares = (n for n in divides if model.kv_heads % n == 0 or n % model.kv_heads == 0)
+    return ", ".join(str(n) for n in shares if n == 1 or not _idle_vocabulary(model, n))

@@ -30,9 +30,9 @@ order:A-B-C-D     rank order, innermost first (default {order})""".format(
 )
 EXAMPLE = "dp20:zero1 tp8:sp pp4 mb1"
 
-_AXIS = re.compile(r"(dp|tp|pp|cp|etp|ep|mb)(\d+)(?:x(\d+))?(?::(.+))?")
-_ZERO = re.compile(r"zero([0-3])(?:x(\d+))?")
-_NESTED = re.compile(r"ring(\d+)xulysses(\d+)")
+_AXIS = re.compile(r"(dp|tp|pp|cp|etp|ep|mb)([0-9]{1,9})(?:x([0-9]{1,9}))?(?::(.+))?")
+_ZERO = re.compile(r"zero([0-3])(?:x([0-9]{1,9}))?")
+_NESTED = re.compile(r"ring([0-9]{1,9})xulysses([0-9]{1,9})")
 
 
 def parse_layout(text: str) -> Layout:
@@ -126,5 +126,5 @@ def _cp_mode(layout: Layout) -> str:
 
 
 def _not_understood(token: str) -> UserError:
-    legal = "; ".join(" ".join(line.split(None, 1)[:1]) for line in GRAMMAR.splitlines())
+    legal = "; ".join(line.split("  ")[0] for line in GRAMMAR.splitlines())
     return UserError(f"layout token {token!r} is not understood: write tokens such as {EXAMPLE!r}; legal: {legal}")
