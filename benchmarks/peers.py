@@ -138,7 +138,7 @@ def ours(case: Case, batch: Batch) -> tuple[Side, Engine]:
     def gradients() -> dict[str, Tensor]:
         return {name: view for bucket in engine.state.buckets for name, view in bucket.views(bucket.gradients)}
 
-    return Side(lambda: engine.forward_backward(batch)[0] / RANKS, gradients), engine
+    return Side(lambda: engine.gradients(batch) / layout.tp, gradients), engine
 
 
 def tensor_parallel_peer(case: Case, batch: Batch) -> Side:

@@ -13,8 +13,14 @@ from meshwright.cost.estimate import Estimator
 from meshwright.cost.program import Attention
 from meshwright.probe.bench import CPU_SIZES, GPU_SIZES, Sizes, _own_cluster, measure_cluster
 from meshwright.probe.collectives import group_sizes
-from meshwright.probe.machine import Machine, catalogue_name, this_machine
-from meshwright.spec.catalogue import catalogue_accelerators, dump_cluster, load_accelerator, load_cluster
+from meshwright.probe.machine import Machine, this_machine
+from meshwright.spec.catalogue import (
+    accelerator_of_device,
+    catalogue_accelerators,
+    dump_cluster,
+    load_accelerator,
+    load_cluster,
+)
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
@@ -117,8 +123,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
         measure_cluster(0, base=None)
     with pytest.raises(UserError, match="a node of local has 4 accelerators"):
         measure_cluster(8, base=load_cluster("local"))
+    pod = load_cluster("local").model_copy(update={"name": "tpu-v5p-pod", "accelerator": load_accelerator("tpu-v5p")})
     with pytest.raises(UserError, match="tpu-v5p-pod is made of tpu-v5p"):
-        pod = load_cluster("local").model_copy(update={"name": "tpu-v5p-pod", "accelerator": load_accelerator("tpu-v5p")})
         measure_cluster(2, base=pod)
     with pytest.raises(UserError, match="ranks 4 on 2 GPUs"):
         Machine("NVIDIA H100 PCIe", "NVIDIA", cores=16, devices=2, memory_bytes=80 * 2**30).check_ranks(4)
@@ -141,7 +147,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
     ],
 )
 def test_the_driver_s_name_finds_the_accelerator(said: str, name: str | None) -> None:
-    assert catalogue_name(said) == name
+    assert accelerator_of_device(said) == name
     assert name is None or name in catalogue_accelerators()
 
 
@@ -158,7 +164,7 @@ def test_gpus_make_a_cluster_too(cluster: Cluster, said: str, ranks: int, tmp_pa
     assert load_cluster(str(path)) == made
     assert (made.node.accelerators, made.node.compute_slots, made.fabric.domain) == (8, None, 8)
     assert made.accelerator.memory_bytes == machine.memory_bytes
-    known = catalogue_name(said)
+    known = accelerator_of_device(said)
     assert made.accelerator.name == (known or "nvidia-geforce-gtx-1080")
     if known:
         assert made.accelerator.peak_flops == load_accelerator(known).peak_flops

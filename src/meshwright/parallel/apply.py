@@ -32,18 +32,24 @@ class Engine:
         self.model, self.mesh, self.stage, self.pipeline, self.state = model, mesh, stage, pipeline, state
 
     def forward_backward(self, data: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """`gradients`, and [mean loss, squared gradient norm] of the global batch, equal on every rank."""
+        loss = self.gradients(data)
+        alone = self.mesh["tp"].index == 0 and self.mesh["cp"].index == 0
+        figures = torch.stack((loss.double() * alone, self.state.squared_norm()))
+        return self.mesh.sum_over(figures)
+
+    def gradients(self, data: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Gradients of the mean loss over all counted tokens of the global batch, whatever each rank's share of them.
 
-        `data`: this dp rank's micro-batches. Returns [mean loss, squared gradient norm], equal on every rank.
+        `data`: this dp rank's micro-batches. Returns this dp rank's part of the mean loss on the last stage, zero elsewhere.
         """
         self.state.begin_step()
         counted = torch.stack([(labels != -100).sum() for _, labels in data]).sum().double()
         self.mesh["dp"].all_reduce(counted)
-        loss = self.pipeline.run(data, (1.0 / counted).to(self.pipeline.loss_dtype), self.state.begin_last_micro_batch)
+        scale = (1.0 / counted).to(self.pipeline.loss_dtype)
+        loss = self.pipeline.run(data, scale, self.state.begin_last_micro_batch)
         self.state.finish_step()
-        alone = self.mesh["tp"].index == 0 and self.mesh["cp"].index == 0
-        figures = torch.stack((loss.double() * alone, self.state.squared_norm()))
-        return self.mesh.sum_over(figures)
+        return loss
 
 
 def apply(model: Model, workload: Workload, mesh: Mesh, initial: Callable[[Shard], Tensor]) -> Engine:

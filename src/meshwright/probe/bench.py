@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -13,9 +15,9 @@ import torch
 from meshwright.parallel.ranks import RankPool
 from meshwright.probe.collectives import group_sizes, measure_collectives, operations
 from meshwright.probe.compute import DTYPES, measure_attention, measure_matmul, measure_memory
-from meshwright.probe.machine import Machine, catalogue_name, load_share, this_machine
+from meshwright.probe.machine import Machine, foreign_seconds, this_machine
 from meshwright.probe.window import rounded
-from meshwright.spec.catalogue import catalogue_accelerators, load_accelerator, load_cluster
+from meshwright.spec.catalogue import accelerator_of_device, catalogue_accelerators, load_accelerator, load_cluster
 from meshwright.spec.cluster import Accelerator, AttentionPoint, Cluster, CollectivePoint, MatmulPoint, Measured, ScaleUp
 from meshwright.spec.errors import UserError, choices
 
@@ -23,7 +25,7 @@ Progress = Callable[[str, float], None]
 _KIB, _MIB = 2**10, 2**20
 _BUSY = 0.1
 """Above this share of the cores, what other processes do is part of the result, and the source says so."""
-_PLANNED = 0.8
+_PLANNED = 0.7
 """Of the time: the rest is for starting ranks, and for calls that are longer than their share."""
 _LEAST = 0.02
 """Seconds of a point of weight 1 where the time has run out: with fewer, small ones would measure the clock."""
@@ -99,9 +101,12 @@ def measure_cluster(
     """
     machine = this_machine()
     _check(machine, ranks, precisions, base)
-    source = _source(machine, ranks)
     tasks = list(_tasks(ranks, precisions, sizes or (GPU_SIZES if machine.devices else CPU_SIZES)))
-    found = _findings(tasks, _run(tasks, machine, max(1, machine.cores // ranks), seconds, progress or (lambda *_: None)))
+    start, foreign = time.monotonic(), foreign_seconds()
+    with _pool(machine) as pool:
+        results = _run(tasks, pool, max(1, machine.cores // ranks), seconds, progress or (lambda *_: None))
+        busy = (foreign_seconds() - foreign) / (time.monotonic() - start) / (os.cpu_count() or 1)
+    found, source = _findings(tasks, results), _source(machine, ranks, busy)
     measured = Measured(
         source=source,
         matmul=found.matmul,
@@ -120,7 +125,7 @@ def _check(machine: Machine, ranks: int, precisions: tuple[str, ...], base: Clus
             raise choices(precision, DTYPES, "precision")
     if base is None:
         return
-    wanted, here = base.accelerator.name, catalogue_name(machine.processor) if machine.devices else "cpu"
+    wanted, here = base.accelerator.name, accelerator_of_device(machine.processor) if machine.devices else "cpu"
     if wanted in catalogue_accelerators() and wanted != here:
         raise UserError(f"{base.name} is made of {wanted}, but this machine computes on {machine.processor}")
     if ranks > base.node.accelerators:
@@ -128,12 +133,11 @@ def _check(machine: Machine, ranks: int, precisions: tuple[str, ...], base: Clus
         raise UserError(f"ranks {ranks}: a node of {base.name} has {has} accelerators, and one node is measured")
 
 
-def _source(machine: Machine, ranks: int) -> str:
-    """Where the figures come from, and whether they deserve trust: a busy machine measures slow."""
+def _source(machine: Machine, ranks: int, busy: float) -> str:
+    """Where the figures come from, and whether they deserve trust: `busy` is the share of the cores that others had."""
     version = torch.__version__.split("+")[0]
     where = f"{machine.processor}, {machine.cores} cores, torch {version}, {machine.backend}, {_count(ranks)}"
-    busy = load_share()
-    doubt = f"; other processes took {busy:.0%} of the cores before it started" if busy > _BUSY else ""
+    doubt = f"; other processes took {busy:.0%} of the cores meanwhile" if busy > _BUSY else ""
     return f"meshwright bench, {date.today().isoformat()}, {where}{doubt}"
 
 
@@ -155,22 +159,25 @@ def _tasks(ranks: int, precisions: tuple[str, ...], sizes: Sizes) -> Iterator[_T
         yield _Task(f"collectives among {size} ranks", ranks, measure_collectives, (size, sizes.messages), points, 1)
 
 
-def _run(tasks: list[_Task], machine: Machine, threads: int, seconds: float, progress: Progress) -> list[Any]:
-    """Each task's result on rank 0. What is left of the time is shared out anew before every task."""
+@contextmanager
+def _pool(machine: Machine) -> Iterator[RankPool]:
     pool = RankPool(machine.backend)
-    deadline, results = time.monotonic() + _PLANNED * seconds, []
-    remaining = total = sum(task.share for task in tasks)
     try:
-        for task in tasks:
-            progress(task.label, 1 - remaining / total)
-            each = max(_LEAST, (deadline - time.monotonic()) / remaining) * task.weight
-            timeout = max(120.0, 10 * seconds)
-            results.append(
-                pool.run(_with_threads, task.world, threads, task.function, *task.args, each, timeout=timeout)[0]
-            )
-            remaining -= task.share
+        yield pool
     finally:
         pool.close()
+
+
+def _run(tasks: list[_Task], pool: RankPool, threads: int, seconds: float, progress: Progress) -> list[Any]:
+    """Each task's result on rank 0. What is left of the time is shared out anew before every task."""
+    deadline, results = time.monotonic() + _PLANNED * seconds, []
+    remaining = total = sum(task.share for task in tasks)
+    for task in tasks:
+        progress(task.label, 1 - remaining / total)
+        each = max(_LEAST, (deadline - time.monotonic()) / remaining) * task.weight
+        call = (_with_threads, task.world, threads, task.function, *task.args, each)
+        results.append(pool.run(*call, timeout=max(120.0, 10 * seconds))[0])
+        remaining -= task.share
     progress("done", 1.0)
     return results
 
@@ -208,7 +215,7 @@ def _own_cluster(machine: Machine, ranks: int, measured: Measured, memory_bandwi
 
 def _accelerator(machine: Machine, ranks: int, measured: Measured, memory_bandwidth: float) -> Accelerator:
     """The catalogue's if it knows the GPU, with the memory that the driver gives; else one whose peaks were measured."""
-    known = catalogue_name(machine.processor) if machine.devices else None
+    known = accelerator_of_device(machine.processor) if machine.devices else None
     if known:
         return load_accelerator(known).model_copy(update={"memory_bytes": machine.memory_bytes})
     peaks: dict[str, float] = {}

@@ -13,35 +13,6 @@ import torch
 
 from meshwright.spec.errors import UserError
 
-# What `torch.cuda.get_device_name` says (every part, in any case) -> catalogue name; the first match counts.
-# One device of an MI250X is half of the catalogue's card, so it is not here.
-_ACCELERATORS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("gb300",), "gb300"),
-    (("gb200",), "gb200"),
-    (("gh200", "480gb"), "gh200-96"),  # named for its 480 GB of host memory; the part with 144 GB is another
-    (("b300",), "b300-sxm"),
-    (("b200",), "b200-sxm"),
-    (("h200", "nvl"), "h200-nvl"),
-    (("h200",), "h200-sxm"),
-    (("h800", "pcie"), ""),  # not in the catalogue
-    (("h800",), "h800-sxm"),
-    (("h100", "nvl"), "h100-nvl"),
-    (("h100", "pcie"), "h100-pcie"),
-    (("h100",), "h100-sxm"),
-    (("h20",), "h20"),
-    (("a100", "sxm", "80gb"), "a100-sxm-80"),
-    (("a100", "sxm", "40gb"), "a100-sxm-40"),
-    (("a100", "pci", "80gb"), "a100-pcie-80"),
-    (("a100", "pci", "40gb"), "a100-pcie-40"),
-    (("v100-sxm2-32gb",), "v100-sxm2-32"),
-    (("l40s",), "l40s"),
-    (("rtx 4090",), "rtx-4090"),
-    (("mi300x",), "mi300x"),
-    (("mi325x",), "mi325x"),
-    (("mi350x",), "mi350x"),
-    (("mi355x",), "mi355x"),
-)
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -80,15 +51,14 @@ def this_machine() -> Machine:
     return Machine(_cpu_name(), "any", cores, 0, psutil.virtual_memory().total)
 
 
-def catalogue_name(device_name: str) -> str | None:
-    """The catalogue's name of the accelerator that the driver calls `device_name`; None when it has none."""
-    lower = device_name.lower()
-    return next((name for parts, name in _ACCELERATORS if all(part in lower for part in parts)), None) or None
-
-
-def load_share() -> float:
-    """Share of all cores that other processes take now, 0 to 1. Watches for half a second."""
-    return float(psutil.cpu_percent(interval=0.5)) / 100
+def foreign_seconds() -> float:
+    """Core seconds that other processes than this one and its descendants have used; differences of it mean something."""
+    everything = psutil.cpu_times()
+    me = psutil.Process()
+    own = sum(
+        times.user + times.system for times in (process.cpu_times() for process in (me, *me.children(recursive=True)))
+    )
+    return float(everything.user + getattr(everything, "nice", 0.0) + everything.system - own)
 
 
 def _cpu_name() -> str:

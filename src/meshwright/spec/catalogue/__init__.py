@@ -14,31 +14,33 @@ from meshwright.spec.cluster import Accelerator, Cluster
 from meshwright.spec.errors import UserError, choices
 from meshwright.spec.yaml_edge import Document, parse_yaml, read_yaml, validate
 
-_DEVICE_NAMES = (
-    ("A100-SXM4-40GB", "a100-sxm-40"),
-    ("A100-SXM4-80GB", "a100-sxm-80"),
-    ("A100-PCIE-40GB", "a100-pcie-40"),
-    ("A100 80GB PCIe", "a100-pcie-80"),
-    ("H100 PCIe", "h100-pcie"),
-    ("H100 NVL", "h100-nvl"),
-    ("H100", "h100-sxm"),
-    ("H200 NVL", "h200-nvl"),
-    ("H200", "h200-sxm"),
-    ("H800", "h800-sxm"),
-    ("H20", "h20"),
-    ("GH200", "gh200-96"),
-    ("GB200", "gb200"),
-    ("GB300", "gb300"),
-    ("B200", "b200-sxm"),
-    ("B300", "b300-sxm"),
-    ("V100-SXM2-32GB", "v100-sxm2-32"),
-    ("L40S", "l40s"),
-    ("RTX 4090", "rtx-4090"),
-    ("MI300X", "mi300x"),
-    ("MI325X", "mi325x"),
-    ("MI250X", "mi250x"),
-    ("MI355X", "mi355x"),
-    ("MI350X", "mi350x"),
+# What `torch.cuda.get_device_name` says (every part, in any case) -> catalogue name; the first match counts.
+# One device of an MI250X is half of the catalogue's card, so it is not here.
+_DEVICE_NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("gb300",), "gb300"),
+    (("gb200",), "gb200"),
+    (("gh200", "480gb"), "gh200-96"),  # named for its 480 GB of host memory; the part with 144 GB is another
+    (("b300",), "b300-sxm"),
+    (("b200",), "b200-sxm"),
+    (("h200", "nvl"), "h200-nvl"),
+    (("h200",), "h200-sxm"),
+    (("h800", "pcie"), ""),  # not in the catalogue
+    (("h800",), "h800-sxm"),
+    (("h100", "nvl"), "h100-nvl"),
+    (("h100", "pcie"), "h100-pcie"),
+    (("h100",), "h100-sxm"),
+    (("h20",), "h20"),
+    (("a100", "sxm", "80gb"), "a100-sxm-80"),
+    (("a100", "sxm", "40gb"), "a100-sxm-40"),
+    (("a100", "pci", "80gb"), "a100-pcie-80"),
+    (("a100", "pci", "40gb"), "a100-pcie-40"),
+    (("v100-sxm2-32gb",), "v100-sxm2-32"),
+    (("l40s",), "l40s"),
+    (("rtx 4090",), "rtx-4090"),
+    (("mi300x",), "mi300x"),
+    (("mi325x",), "mi325x"),
+    (("mi350x",), "mi350x"),
+    (("mi355x",), "mi355x"),
 )
 
 
@@ -128,7 +130,6 @@ _Dumper.add_representer(float, _represent_float)
 
 
 def accelerator_of_device(device_name: str) -> str | None:
-    """The catalogue name of the accelerator a driver calls `device_name` ("NVIDIA H100 80GB HBM3"); None if unknown."""
-    spaced = f" {device_name.upper()} "
-    found = [(len(part), name) for part, name in _DEVICE_NAMES if f" {part.upper()}" in spaced]
-    return max(found)[1] if found else None
+    """The catalogue's name of the accelerator that the driver calls `device_name`; None when it has none."""
+    lower = device_name.lower()
+    return next((name for parts, name in _DEVICE_NAMES if all(part in lower for part in parts)), None) or None
