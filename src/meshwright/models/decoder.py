@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meshwright.models.attention import EVERYWHERE, AttentionCore, Where
 from meshwright.spec.legality import refuse_unrunnable_model
 from meshwright.spec.model import Model, Rope
 
@@ -37,11 +38,11 @@ class Decoder(nn.Module):
         if model.tied and self.head is not None and self.embedding is not None:
             self.head.weight = self.embedding.tokens.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, where: Where = EVERYWHERE) -> Tensor:
         if self.embedding is not None:
-            x = self.embedding(x)
+            x = self.embedding(x, where)
         for layer in self.layers.values():
-            x = layer(x)
+            x = layer(x, where)
         if self.norm is not None and self.head is not None:
             x = self.head(self.norm(x))
         return x
@@ -53,9 +54,9 @@ class Embedding(nn.Module):
         self.tokens = nn.Embedding(model.vocab, model.hidden)
         self.positions = None if model.rope else Positions(model)
 
-    def forward(self, ids_BL: Tensor) -> Tensor:
+    def forward(self, ids_BL: Tensor, where: Where) -> Tensor:
         x = self.tokens(ids_BL)
-        return x if self.positions is None else self.positions(x, ids_BL.shape[1])
+        return x if self.positions is None else self.positions(x, where.positions(ids_BL.shape[1], ids_BL.device))
 
 
 class Positions(nn.Embedding):
@@ -65,9 +66,9 @@ class Positions(nn.Embedding):
         super().__init__(model.max_positions + model.position_offset, model.hidden)
         self.offset = model.position_offset
 
-    def forward(self, x: Tensor, length: int) -> Tensor:
+    def forward(self, x: Tensor, positions_L: Tensor) -> Tensor:
         """`x`: x_BLD."""
-        return x + self.weight[self.offset : self.offset + length]
+        return x + F.embedding(positions_L + self.offset, self.weight)
 
 
 class Layer(nn.Module):
@@ -80,8 +81,8 @@ class Layer(nn.Module):
         self.mlp_norm = make_norm(model)
         self.mlp = MLP(model)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
+    def forward(self, x_BLD: Tensor, where: Where) -> Tensor:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), where)
         return x_BLD + self.mlp(self.mlp_norm(x_BLD))
 
 
@@ -98,31 +99,23 @@ class Attention(nn.Module):
     def __init__(self, model: Model, window: int | None, rotary: Rotary | None):
         super().__init__()
         self.head_dim = model.head_dim
-        self.window = window
         self.rotary = rotary
         q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
         sizes = {"q": q, "k": kv, "v": kv}
         self.qkv = SharedInput({name: nn.Linear(model.hidden, size, bias=model.qkv_bias) for name, size in sizes.items()})
         self.q_norm = nn.RMSNorm(model.head_dim, eps=model.norm_eps) if model.qk_norm else None
         self.k_norm = nn.RMSNorm(model.head_dim, eps=model.norm_eps) if model.qk_norm else None
+        self.core = AttentionCore(window)
         self.out = nn.Linear(q, model.hidden, bias=model.out_bias)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, where: Where) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv(x_BLD))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = self.rotary(q), self.rotary(k)
-        y_BHLC = self.attend(q, k, v)
+            q, k = self.rotary(q, where), self.rotary(k, where)
+        y_BHLC = self.core(q, k, v, where)
         return self.out(y_BHLC.transpose(1, 2).flatten(2))
-
-    def attend(self, q_BHLC: Tensor, k_BKLC: Tensor, v_BKLC: Tensor) -> Tensor:
-        grouped = q_BHLC.shape[1] != k_BKLC.shape[1]
-        length = q_BHLC.shape[2]
-        if self.window is None or self.window >= length:
-            return F.scaled_dot_product_attention(q_BHLC, k_BKLC, v_BKLC, is_causal=True, enable_gqa=grouped)
-        mask = torch.ones(length, length, dtype=torch.bool, device=q_BHLC.device).tril_().triu_(1 - self.window)
-        return F.scaled_dot_product_attention(q_BHLC, k_BKLC, v_BKLC, attn_mask=mask, enable_gqa=grouped)
 
 
 class MLP(nn.Module):
@@ -147,8 +140,10 @@ class Rotary(nn.Module):
         self.rope, self.head_dim = rope, head_dim
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def forward(self, x_BHLC: Tensor) -> Tensor:
-        cos, sin = self.table(x_BHLC.shape[2], x_BHLC.device, x_BHLC.dtype)
+    def forward(self, x_BHLC: Tensor, where: Where) -> Tensor:
+        cos, sin = self.table(where.length or x_BHLC.shape[2], x_BHLC.device, x_BHLC.dtype)
+        if where.positions_L is not None:
+            cos, sin = cos[where.positions_L], sin[where.positions_L]
         left, right = x_BHLC.chunk(2, dim=-1)
         return x_BHLC * cos + torch.cat((-right, left), dim=-1) * sin
 

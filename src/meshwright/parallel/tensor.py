@@ -95,10 +95,10 @@ class SequenceParallelPositions(nn.Module):
         super().__init__()
         self.weight, self.offset, self.group = positions.weight, positions.offset, group
 
-    def forward(self, x_tD: Tensor, length: int) -> Tensor:
+    def forward(self, x_tD: Tensor, positions_L: Tensor) -> Tensor:
         start = self.group.index * x_tD.shape[0]
-        where = torch.arange(start, start + x_tD.shape[0], device=x_tD.device) % length
-        return x_tD + F.embedding(where + self.offset, self.weight)
+        mine = torch.arange(start, start + x_tD.shape[0], device=x_tD.device) % len(positions_L)
+        return x_tD + F.embedding(positions_L[mine] + self.offset, self.weight)
 
 
 class _ColumnParallelLinears(torch.autograd.Function):
