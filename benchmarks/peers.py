@@ -53,9 +53,9 @@ from meshwright.parallel.apply import Engine, apply
 from meshwright.parallel.mesh import build_mesh
 from meshwright.parallel.ranks import RankPool
 from meshwright.schedule.stages import stage_layers
-from meshwright.spec import shards
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
+from meshwright.spec.shards import Shard as ModelShard
 from meshwright.spec.workload import Workload
 
 RANKS = 2
@@ -228,12 +228,8 @@ def initialised(decoder: Decoder) -> Decoder:
     return decoder
 
 
-def initial_shard(shard: shards.Shard) -> Tensor:
-    return cut(initial_value(MODEL, shard.name, shard.global_shape, seed=0), shard)
-
-
-def cut(tensor: Tensor, shard: shards.Shard) -> Tensor:
-    return tensor if shard.dim is None else tensor.narrow(shard.dim, shard.start, shard.length)
+def initial_shard(shard: ModelShard) -> Tensor:
+    return shard.of(initial_value(MODEL, shard.name, shard.global_shape, seed=0))
 
 
 def gradients_of(module: nn.Module) -> dict[str, Tensor]:
@@ -277,7 +273,7 @@ def check_same_work(mine: Side, theirs: Side, engine: Engine) -> None:
     by_name = {shard.name: shard for bucket in engine.state.buckets for shard in bucket.plan.shards}
     assert got.keys() == expected.keys() == by_name.keys()
     for name, gradient in got.items():
-        assert_close(f"the gradient of {name}", gradient, cut(expected[name], by_name[name]))
+        assert_close(f"the gradient of {name}", gradient, by_name[name].of(expected[name]))
 
 
 def assert_close(what: str, got: Tensor, expected: Tensor) -> None:

@@ -22,7 +22,7 @@ from meshwright.cost.program import Attention, Collective, Gemm, Op, Piece, Plac
 from meshwright.cost.traffic import collectives, step_collectives, step_traffic
 from meshwright.planner.search import legal_layouts
 from meshwright.schedule.orders import layout_schedule
-from meshwright.schedule.stages import stage_layers
+from meshwright.schedule.stages import rank_shards
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.cluster import AttentionPoint, Cluster, CollectivePoint, MatmulPoint, Measured
 from meshwright.spec.collectives import load_collective_constants
@@ -33,7 +33,7 @@ from meshwright.spec.legality import micro_batches
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.parameters import parameters
-from meshwright.spec.shards import stage_shards
+from meshwright.spec.shards import Seat
 from meshwright.spec.workload import Workload
 
 WORK = Workload(seq=64, global_batch=16)
@@ -206,7 +206,7 @@ def test_data_parallel_sends_its_parameters_twice(dp: int, zero: str, bytes_an_e
     layout = parse_layout(f"dp{dp}{zero} tp4 pp2 mb1")
     for stage in range(2):
         program = rank_program(model, layout, work, Place(stage))
-        held = sum(s.numel for s in stage_shards(model, layout, stage == 0, stage == 1, stage_layers(32, 2)[stage], 0))
+        held = sum(s.numel for s in rank_shards(model, layout, stage, Seat()))
         sent = sum(wire(c) for c in (*program.gradient_reductions, *program.step_end) if c.axis == "dp")
         assert sent == pytest.approx((dp - 1) / dp * held * bytes_an_element, rel=1e-4)  # alignment, and the token count
 

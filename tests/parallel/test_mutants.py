@@ -32,7 +32,7 @@ def notices(mutant: Mutant | None, name: str, layout: str) -> bool:
         if rank_figures != pytest.approx(figures, rel=TOLERANCE) or rank_losses != pytest.approx(losses, rel=TOLERANCE):
             return True
         for shard, gradient in rank_gradients:
-            whole = workers.cut(gradients[shard.name], shard)
+            whole = shard.of(gradients[shard.name])
             if not (whole - gradient).abs().max() <= TOLERANCE * gradients[shard.name].abs().max():
                 return True
     return False

@@ -53,7 +53,7 @@ def test_gradients_of_step_1(name: str, layout: str, precision: str) -> None:
     for rank_figures, gradients in ranks:
         assert rank_figures == pytest.approx(figures, rel=TOLERANCE[precision])
         for shard, gradient in gradients:
-            error = (workers.cut(reference[shard.name], shard) - gradient).abs().max() / scale_of(
+            error = (shard.of(reference[shard.name]) - gradient).abs().max() / scale_of(
                 shard.name, reference, model
             )
             assert error <= TOLERANCE[precision], f"{shard.name}: relative error {error:.1e}"

@@ -20,13 +20,9 @@ from meshwright.train.recipe import Recipe
 Gradients = list[tuple[Shard, torch.Tensor]]
 
 
-def cut(whole: torch.Tensor, shard: Shard) -> torch.Tensor:
-    return whole if shard.dim is None else whole.narrow(shard.dim, shard.start, shard.length)
-
-
 def build(model: Model, workload: Workload, layout: Layout) -> Engine:
     mesh = build_mesh(layout, model, torch.device("cpu"))
-    return apply(model, workload, mesh, lambda shard: cut(initial_weight(model, shard), shard))
+    return apply(model, workload, mesh, lambda shard: shard.of(initial_weight(model, shard)))
 
 
 def initial_weight(model: Model, shard: Shard) -> torch.Tensor:
@@ -58,25 +54,11 @@ def local_batch(model: Model, workload: Workload, engine: Engine, step: int = 0)
     ]
 
 
-def shard_gradients(engine: Engine) -> Gradients:
-    """This rank's shards of the finished gradients; under ZeRO-1 gathered from the dp ranks, behind the ledger's back."""
-    out = []
-    for bucket in engine.state.buckets:
-        flat = bucket.gradients
-        if engine.mesh.layout.state_shards > 1:
-            pieces = [torch.empty_like(bucket.weights) for _ in engine.mesh["dp"].ranks]
-            dist.all_gather(pieces, bucket.weights.grad.contiguous(), group=engine.mesh["dp"].handle)
-            flat = torch.cat([piece.detach() for piece in pieces])
-        by_name = {shard.name: shard for shard in bucket.plan.shards}
-        out += [(by_name[name], view.clone()) for name, view in bucket.views(flat)]
-    return out
-
-
 def gradients_of_step_1(model: Model, workload: Workload, layout: Layout) -> tuple[list[float], Gradients]:
     """([loss, squared gradient norm], this rank's gradients)."""
     engine = build(model, workload, layout)
     figures = engine.forward_backward(local_batch(model, workload, engine)).tolist()
-    return figures, shard_gradients(engine)
+    return figures, list(engine.state.whole_gradients())
 
 
 def losses(model: Model, workload: Workload, layout: Layout, steps: int) -> list[float]:
@@ -111,7 +93,7 @@ def held_and_sent(model: Model, workload: Workload, layout: Layout) -> dict[str,
             "gradients": sum(b.gradients.nbytes for b in state.buckets),
             "optimizer": optimizer.state_bytes(),
         },
-        "held_by_module": sum(p.nbytes for p in {id(p): p for p in engine.stage.parameters()}.values()),
+        "held_by_module": sum(p.nbytes for p in {id(p): p for c in engine.chunks for p in c.parameters()}.values()),
     }
 
 

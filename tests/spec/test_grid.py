@@ -88,8 +88,8 @@ def test_replicas_of_a_key_value_head_are_neighbours_in_the_tensor_parallel_grou
     grid = Grid(Layout(tp=heads * replicas, dp=dp, pp=pp, order=tuple(data.draw(st.permutations(DENSE_AXES)))))
     rank = data.draw(st.integers(0, grid.world - 1))
     whole = grid.group("tp", rank)
-    parts = [grid.kv_group(member, replicas) for member in whole]
-    assert rank in grid.kv_group(rank, replicas)
+    parts = [grid.block(whole, member, replicas) for member in whole]
+    assert rank in grid.block(whole, rank, replicas)
     assert sorted(set(parts)) == sorted(whole[i : i + replicas] for i in range(0, len(whole), replicas))
     assert all(member in part for member, part in zip(whole, parts, strict=True))
 

@@ -127,8 +127,9 @@ def test_both_world_equations_hold(layout: Layout) -> None:
     assert layout.world == layout.pp * layout.dp * layout.cp * layout.tp
     assert layout.world == layout.pp * layout.edp * layout.ep * layout.etp
     assert layout.cp_ring * layout.cp_ulysses == layout.cp
-    assert layout.dp % layout.state_shards == 0
-    assert (layout.state_shards == 1) == (layout.zero == 0 or layout.dp == 1)
+    assert layout.data_ranks % layout.state_shards == 0
+    assert layout.edp % layout.expert_state_shards == 0
+    assert (layout.state_shards == 1) == (layout.zero == 0)
 
 
 @settings(deadline=None)

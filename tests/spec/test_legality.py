@@ -200,15 +200,10 @@ UNBUILT = [
     ("pp2:zb-h1", ("pipeline schedule zb-h1", *BUILT_SCHEDULES)),
     ("pp2x2:zb-v", ("pipeline schedule zb-v", *BUILT_SCHEDULES)),
     ("pp2x2:dualpipe-v", ("pipeline schedule dualpipe-v", *BUILT_SCHEDULES)),
-    ("ac:selective", ("recompute mode selective", "none, full")),
-    ("fp16", ("precision fp16", "fp64, fp32, bf16")),
-    ("fp8", ("precision fp8", "fp64, fp32, bf16")),
-    ("dp2:zero2", ("ZeRO stage 2", "0, 1")),
-    ("dp2:zero3", ("ZeRO stage 3", "0, 1")),
+    ("fp8", ("precision fp8", "fp64, fp32, bf16, fp16")),
     ("cp2", ("cp2", "dp, tp and pp")),
     ("dp2 ep2", ("ep2", "dp, tp and pp")),
     ("tp2 etp2", ("etp2", "dp, tp and pp")),
-    ("dp4:zero1x2", ("hybrid sharding", "all of dp")),
 ]
 
 

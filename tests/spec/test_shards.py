@@ -9,13 +9,13 @@ from math import prod
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.schedule.stages import stage_layers
+from meshwright.schedule.stages import rank_shards
 from meshwright.spec.grid import Grid
 from meshwright.spec.layout import Layout
 from meshwright.spec.legality import check_layout
 from meshwright.spec.model import Model, Rope
 from meshwright.spec.parameters import parameters
-from meshwright.spec.shards import TIED_NAME, Shard, stage_shards
+from meshwright.spec.shards import TIED_NAME, Seat, Shard
 from meshwright.spec.workload import Workload
 
 WORK = Workload(seq=16, global_batch=4)
@@ -63,8 +63,7 @@ def splits(draw: st.DrawFn) -> tuple[Model, Layout]:
 
 
 def held(model: Model, layout: Layout, stage: int, tp_rank: int) -> tuple[Shard, ...]:
-    layers = stage_layers(model.layers, layout.pp)[stage]
-    return stage_shards(model, layout, stage == 0, stage == layout.pp - 1, layers, tp_rank)
+    return rank_shards(model, layout, stage, Seat(tp=tp_rank))
 
 
 def expected_replicas(model: Model, layout: Layout, shard: Shard) -> int:
@@ -73,7 +72,10 @@ def expected_replicas(model: Model, layout: Layout, shard: Shard) -> int:
 
 def rows_held(shard: Shard) -> range:
     """Along its cut; a shard that is not cut counts as one row."""
-    return range(1) if shard.dim is None else range(shard.start, shard.start + shard.length)
+    if not shard.cuts:
+        return range(1)
+    ((_, start, length),) = shard.cuts
+    return range(start, start + length)
 
 
 @settings(max_examples=300, deadline=None)
@@ -91,8 +93,8 @@ def test_shards_tile_every_parameter(split: tuple[Model, Layout]) -> None:
     for parameter in parameters(model):
         its = shards[parameter.name]
         assert {(s.global_shape, s.decay) for s in its} == {(parameter.shape, parameter.decay)}
-        assert len({(s.dim, s.replicas, s.partial) for s in its}) == 1
-        counts = [0] * (1 if its[0].dim is None else parameter.shape[its[0].dim])
+        assert len({(tuple(dim for dim, _, _ in s.cuts), s.replicas, s.partial) for s in its}) == 1
+        counts = [0] * (parameter.shape[its[0].cuts[0][0]] if its[0].cuts else 1)
         for s in its:
             for row in rows_held(s):
                 counts[row] += 1
@@ -155,15 +157,15 @@ def test_the_ranks_of_a_key_value_group_hold_the_same_head_and_its_queries(split
         its = {s.name: s for s in held(model, layout, 0, rank)}
         keys, queries = its["layers.0.attention.qkv.k.weight"], its["layers.0.attention.qkv.q.weight"]
         if keys.replicas == "kv":
-            for other in grid.kv_group(rank, layout.tp // model.kv_heads):
+            for other in grid.block(grid.group("tp", rank), rank, layout.tp // model.kv_heads):
                 theirs = {s.name: s for s in held(model, layout, 0, grid.coordinates(other)["tp"])}
                 assert theirs[keys.name] == keys
         query_heads = {
             row // model.head_dim
-            for row in (rows_held(queries) if queries.dim == 0 else range(queries.numel // model.hidden))
+            for row in (rows_held(queries) if queries.cuts else range(queries.numel // model.hidden))
         }
         key_heads = {
-            row // model.head_dim for row in (rows_held(keys) if keys.dim == 0 else range(keys.numel // model.hidden))
+            row // model.head_dim for row in (rows_held(keys) if keys.cuts else range(keys.numel // model.hidden))
         }
         assert {head // per_group for head in query_heads} == key_heads
 
@@ -184,7 +186,7 @@ def test_an_uneven_vocabulary_by_hand() -> None:
     )
     layout = Layout(tp=4, pp=2)
     rows = [[s for s in held(model, layout, stage, rank) if s.name == TIED_NAME] for stage in (0, 1) for rank in range(4)]
-    assert [(s.start, s.length, s.replicas, s.partial) for [s] in rows] == [
+    assert [(*s.cuts[0][1:], s.replicas, s.partial) for [s] in rows] == [
         (0, 26, "embedding", True), (26, 26, "embedding", True), (52, 26, "embedding", True), (78, 23, "embedding", True),
     ] * 2  # fmt: skip
     untied = replace(model, tied=False)

@@ -29,7 +29,7 @@ def state_bytes(program: Program, layout: Layout) -> dict[str, int]:
     """Parameters, gradients and optimizer state, to the byte."""
     bytes_ = STATE_BYTES[layout.precision]
     whole = sum(bucket.numel for bucket in program.buckets)
-    owned = whole // layout.state_shards
+    owned = sum(bucket.owned for bucket in program.buckets)
     return {
         "parameters": whole * bytes_.parameter,
         "gradients": whole * bytes_.gradient,

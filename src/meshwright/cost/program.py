@@ -15,11 +15,11 @@ from functools import lru_cache
 from typing import Literal
 
 from meshwright.schedule.buckets import Bucket, plan_buckets
-from meshwright.schedule.stages import stage_layers
+from meshwright.schedule.stages import rank_shards, stage_layers
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
 from meshwright.spec.precision import STATE_BYTES
-from meshwright.spec.shards import stage_shards
+from meshwright.spec.shards import Seat
 from meshwright.spec.workload import Workload
 
 CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
@@ -165,12 +165,7 @@ class _Shapes:
 
 def rank_program(model: Model, layout: Layout, workload: Workload, place: Place) -> Program:
     """The program of the rank at `place`. The layout must have passed `spec.legality.check_layout`."""
-    first, last = place.stage == 0, place.stage == layout.pp - 1
-    layers = stage_layers(model.layers, layout.pp)[place.stage]
-    # The shards know nothing of data parallelism: layouts that differ in it share them.
-    shards = stage_shards(model, Layout(tp=layout.tp, sp=layout.sp, pp=layout.pp), first, last, layers, place.tp)
-    bytes_ = STATE_BYTES[layout.precision]
-    buckets = plan_buckets(shards, ranks=layout.dp, cuts=layout.state_shards, element_bytes=bytes_.gradient)
+    buckets = plan_buckets(rank_shards(model, layout, place.stage, Seat(tp=place.tp)), layout)
     return Program(
         pieces=stage_pieces(model, layout, workload.seq, place),
         boundary=boundary(model, layout, workload.seq, place.stage),
@@ -338,7 +333,7 @@ def _step_end(model: Model, layout: Layout, buckets: tuple[Bucket, ...]) -> Iter
     for bucket in buckets:
         if bucket.partial and bucket.replicas:
             axis, size, stride = groups[bucket.replicas]
-            yield Collective(axis, "all_reduce", size, stride, bucket.numel // layout.state_shards * bytes_.gradient)
+            yield Collective(axis, "all_reduce", size, stride, bucket.owned * bytes_.gradient)
     for axis in ("tp", "cp", "pp", "dp"):
         if layout.degree(axis) > 1:
             yield Collective(axis, "all_reduce", layout.degree(axis), layout.stride(axis), 16)
@@ -352,6 +347,6 @@ def _optimizer(layout: Layout, buckets: tuple[Bucket, ...]) -> Elementwise:
     """AdamW over the owned elements reads and writes all it holds; the gradients are also put in place, normed and clipped."""
     bytes_ = STATE_BYTES[layout.precision]
     whole = sum(bucket.numel for bucket in buckets)
-    owned = whole // layout.state_shards
+    owned = sum(bucket.owned for bucket in buckets)
     update = owned * (2 * (bytes_.optimizer + bytes_.parameter) + bytes_.gradient)
     return Elementwise("optimizer", update + whole * bytes_.gradient + owned * 3 * bytes_.gradient)

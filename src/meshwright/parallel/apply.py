@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,45 +12,63 @@ from torch.utils.checkpoint import checkpoint
 
 from meshwright.models.decoder import Decoder, cross_entropy
 from meshwright.parallel.data import PARAMETER_DTYPE, DataParallel
+from meshwright.parallel.linear import Linear, WeightGradients
 from meshwright.parallel.mesh import Mesh
-from meshwright.parallel.pipeline import Pipeline
+from meshwright.parallel.pipeline import MicroBatch, Pipeline
 from meshwright.parallel.tensor import apply_tensor_parallel
+from meshwright.parallel.units import absent, shard_parameters
 from meshwright.parallel.vocab import vocab_parallel_cross_entropy, vocab_start
 from meshwright.schedule.buckets import plan_buckets
 from meshwright.schedule.orders import layout_schedule
-from meshwright.schedule.stages import stage_layers
-from meshwright.spec.legality import check_layout, refuse_unbuilt
+from meshwright.schedule.stages import rank_shards, stage_chunks
+from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt
 from meshwright.spec.model import Model
-from meshwright.spec.precision import STATE_BYTES
-from meshwright.spec.shards import TIED_NAME, Shard, stage_shards
+from meshwright.spec.shards import TIED_NAME, Shard
 from meshwright.spec.workload import Workload
+
+Sequences = Sequence[Tensor]
+"""Token ids [B, S], labels [B, S] (label -100 is ignored) and, for packed sequences, each token's document [B, S]."""
 
 
 class Engine:
     """One rank's share of a model under a layout: the pipeline that runs it and the state that it updates."""
 
-    def __init__(self, model: Model, mesh: Mesh, stage: nn.Module, pipeline: Pipeline, state: DataParallel):
-        self.model, self.mesh, self.stage, self.pipeline, self.state = model, mesh, stage, pipeline, state
+    def __init__(self, model: Model, mesh: Mesh, chunks: list[Decoder], pipeline: Pipeline, state: DataParallel):
+        self.model, self.mesh, self.chunks, self.pipeline, self.state = model, mesh, chunks, pipeline, state
 
-    def forward_backward(self, data: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """`gradients`, and [mean loss, squared gradient norm] of the global batch, equal on every rank."""
-        loss = self.gradients(data)
-        alone = self.mesh["tp"].index == 0 and self.mesh["cp"].index == 0
-        figures = torch.stack((loss.double() * alone, self.state.squared_norm()))
+    def forward_backward(self, data: Sequence[Sequences], loss_scale: float = 1.0) -> Tensor:
+        """`gradients`, and [mean loss, squared gradient norm] of the global batch, equal on every rank.
+
+        With a `loss_scale` the gradients stay scaled; the figures are not.
+        """
+        loss = self.gradients(data, loss_scale).double() / loss_scale
+        norm = self.state.squared_norm() / loss_scale**2
+        figures = torch.stack((loss * (self.mesh["tp"].index == 0), norm))
         return self.mesh.sum_over(figures)
 
-    def gradients(self, data: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def gradients(self, data: Sequence[Sequences], loss_scale: float = 1.0) -> Tensor:
         """Gradients of the mean loss over all counted tokens of the global batch, whatever each rank's share of them.
 
-        `data`: this dp rank's micro-batches. Returns this dp rank's part of the mean loss on the last stage, zero elsewhere.
+        `data`: this dp rank's micro-batches, whole sequences. Returns this rank's part of the mean loss, times `loss_scale`; it is
+        zero but on the stage that holds the head.
         """
-        self.state.begin_step()
-        counted = torch.stack([(labels != -100).sum() for _, labels in data]).sum().double()
+        self.state.begin_step(len(data))
+        counted = torch.stack([(labels != -100).sum() for _, labels, *_ in data]).sum().double()
         self.mesh["dp"].all_reduce(counted)
-        scale = (1.0 / counted).to(self.pipeline.loss_dtype)
-        loss = self.pipeline.run(data, scale, self.state.begin_last_micro_batch)
+        scale = (loss_scale / counted).to(self.pipeline.loss_dtype)
+        loss = self.pipeline.run([self._share(*sequences) for sequences in data], scale)
         self.state.finish_step()
         return loss
+
+    def _share(self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None) -> MicroBatch:
+        """This cp rank's tokens of whole sequences."""
+        from meshwright.models.attention import Where
+        layout, index = self.mesh.layout, self.mesh["cp"].index
+        if layout.cp == 1:
+            return MicroBatch(tokens, labels, Where(documents_BS=documents))
+        from meshwright.parallel.context import cut_tokens, cut_where
+        where = cut_where(documents, tokens.shape[1], layout, index, tokens.device)
+        return MicroBatch(cut_tokens(tokens, layout, index), cut_tokens(labels, layout, index), where)
 
 
 def apply(model: Model, workload: Workload, mesh: Mesh, initial: Callable[[Shard], Tensor]) -> Engine:
@@ -57,59 +76,80 @@ def apply(model: Model, workload: Workload, mesh: Mesh, initial: Callable[[Shard
 
     Raises UserError for a layout that the model or the workload cannot be split by.
     """
-    layout = mesh.layout
+    layout, gradients = mesh.layout, WeightGradients()
     check_layout(layout, model, workload)
     refuse_unbuilt(layout)
-    layers = stage_layers(model.layers, layout.pp)[mesh.stage]
     with torch.device("meta"):
-        stage = Decoder(model, layers, first=mesh.is_first_stage, last=mesh.is_last_stage)
-    if layout.tp > 1:
-        apply_tensor_parallel(stage, mesh["tp"], sequence=layout.sp, micro_batch=layout.micro_batch)
-    if layout.recompute == "full":
-        _recompute_layers(stage)
-    shards = stage_shards(model, layout, mesh.is_first_stage, mesh.is_last_stage, layers, mesh["tp"].index)
-    state = DataParallel(_plan(shards, mesh), mesh)
-    parameters = _materialise(stage, model, state)
-    state.attach(parameters)
-    _fill(state, shards, initial)
+        chunks = [
+            Decoder(model, chunk.layers, first=chunk.first, last=chunk.last)
+            for chunk in stage_chunks(model.layers, layout)[mesh.stage]
+        ]
+    for decoder in chunks:
+        if layout.tp > 1:
+            apply_tensor_parallel(decoder, mesh["tp"], gradients, sequence=layout.sp, micro_batch=layout.micro_batch)
+        _keep_weight_gradients(decoder, gradients)
+        if layout.recompute == "selective":
+            _recompute_attention(decoder)
+        if layout.cp > 1:
+            _split_attention(decoder, mesh)
+        if layout.recompute == "full":
+            _recompute_layers(decoder)
+    state = DataParallel(plan_buckets(rank_shards(model, layout, mesh.stage, mesh.seat), layout), mesh)
+    parameters, uses = _materialise(chunks, model, state)
+    state.attach(parameters, uses, gradients)
+    _fill(state, initial)
+    if layout.zero == 3:
+        for decoder in chunks:
+            shard_parameters(decoder, state, parameters, last_stays=layout.pp == 1)
     pipeline = Pipeline(
-        stage,
-        layout_schedule(layout, workload.global_batch // (layout.dp * layout.micro_batch)),
+        chunks,
+        layout_schedule(layout, micro_batches(layout, workload)),
         mesh["pp"],
         _loss(model, mesh),
         _boundary(model, workload, mesh),
         PARAMETER_DTYPE[layout.precision],
+        gradients,
     )
-    return Engine(model, mesh, stage, pipeline, state)
+    return Engine(model, mesh, chunks, pipeline, state)
 
 
-def _plan(shards: tuple[Shard, ...], mesh: Mesh) -> tuple:  # type: ignore[type-arg]
-    layout = mesh.layout
-    size = STATE_BYTES[layout.precision].gradient
-    return plan_buckets(shards, ranks=layout.dp, cuts=layout.state_shards, element_bytes=size)
+def _keep_weight_gradients(decoder: Decoder, gradients: WeightGradients) -> None:
+    """Plain linears that tensor parallelism has left."""
+    for module in list(decoder.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, Linear(child, gradients))
 
 
-def _materialise(stage: nn.Module, model: Model, state: DataParallel) -> dict[str, nn.Parameter]:
-    """Replace the meta parameters by views of the flat buckets. Returns them by global name."""
-    made = {name: nn.Parameter(view) for bucket in state.buckets for name, view in bucket.views(bucket.parameters)}
-    for path, module in stage.named_modules():
-        for local in list(module._parameters):
-            name = f"{path}.{local}" if path else local
-            if name == "head.weight" and model.tied:
-                name = TIED_NAME
-            if module._parameters[local] is not None:
+def _materialise(
+    chunks: list[Decoder], model: Model, state: DataParallel
+) -> tuple[dict[str, nn.Parameter], dict[str, int]]:
+    """Replace the meta parameters by views of the flat buckets. Returns them by global name, and how often each is used."""
+    made: dict[str, nn.Parameter] = {}
+    for bucket in state.buckets:
+        if bucket.keeps_parameters:
+            made |= {name: nn.Parameter(view) for name, view in bucket.views(bucket.parameters)}
+        else:
+            made |= {s.name: nn.Parameter(absent(s.shape, bucket.dtype, bucket.device)) for s in bucket.plan.shards}
+    uses: Counter[str] = Counter()
+    for chunk in chunks:
+        for path, module in chunk.named_modules():
+            for local in [local for local, parameter in module._parameters.items() if parameter is not None]:
+                name = f"{path}.{local}" if path else local
+                if name == "head.weight" and model.tied:
+                    name = TIED_NAME
                 module.register_parameter(local, made[name])
-    return made
+                uses[name] += 1
+    return made, uses
 
 
-def _fill(state: DataParallel, shards: tuple[Shard, ...], initial: Callable[[Shard], Tensor]) -> None:
-    by_name = {shard.name: shard for shard in shards}
+def _fill(state: DataParallel, initial: Callable[[Shard], Tensor]) -> None:
     with torch.no_grad():
         for bucket in state.buckets:
-            for name, view in bucket.views(bucket.parameters):
-                view.copy_(initial(by_name[name]))
+            for shard, offset in zip(bucket.plan.shards, bucket.plan.offsets, strict=True):
+                bucket.fill(shard, offset, initial(shard))
             if bucket.has_master:
-                bucket.weights.copy_(bucket.parameters[bucket.owned])
+                bucket.weights.copy_(bucket.own_parameters)
 
 
 def _loss(model: Model, mesh: Mesh) -> Callable[[Tensor, Tensor], Tensor]:
@@ -119,12 +159,31 @@ def _loss(model: Model, mesh: Mesh) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _boundary(model: Model, workload: Workload, mesh: Mesh) -> tuple[int, ...]:
+    """Shape of the hidden states that cross a stage boundary on this rank."""
     layout = mesh.layout
+    length = workload.seq // layout.cp
     if layout.sp:
-        return (layout.micro_batch * workload.seq // layout.tp, model.hidden)
-    return (layout.micro_batch, workload.seq, model.hidden)
+        return (layout.micro_batch * length // layout.tp, model.hidden)
+    return (layout.micro_batch, length, model.hidden)
 
 
-def _recompute_layers(stage: Decoder) -> None:
-    for layer in stage.layers.values():
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+def _split_attention(decoder: Decoder, mesh: Mesh) -> None:
+    from meshwright.parallel.context import ContextParallelCore
+    for layer in decoder.layers.values():
+        layer.attention.core = ContextParallelCore(layer.attention.core, mesh["ring"], mesh["ulysses"])
+
+
+def _recompute_layers(decoder: Decoder) -> None:
+    for layer in decoder.layers.values():
+        layer.forward = _checkpointed(layer.forward)  # type: ignore[method-assign, assignment]
+
+
+def _recompute_attention(decoder: Decoder) -> None:
+    """The attention core alone: what it saves grows with the square of the length where no fused kernel serves (Korthikanti et
+    al. 2022, arXiv 2205.05198, section 5)."""
+    for layer in decoder.layers.values():
+        layer.attention.core.forward = _checkpointed(layer.attention.core.forward)
+
+
+def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return partial(checkpoint, forward, use_reentrant=False)

@@ -82,6 +82,22 @@ class Group:
         self._record("reduce_scatter", tensor)
         return _reduce_scatter(out, tensor, group=self.handle, async_op=not wait)
 
+    def all_to_all(
+        self, out: Tensor, tensor: Tensor, out_rows: Sequence[int], rows: Sequence[int], *, nbytes: int | None = None
+    ) -> None:
+        """Send `rows[i]` rows of `tensor` to rank i and receive `out_rows[i]` rows from it, in rank order.
+
+        `nbytes`: what the ledger counts, where it is not the input.
+        """
+        self.ledger.record(Entry(self.axis, "all_to_all", self.size), tensor.nbytes if nbytes is None else nbytes)
+        dist.all_to_all_single(out, tensor, list(out_rows), list(rows), group=self.handle)
+
+    def gathered_outside_ledger(self, tensor: Tensor) -> Tensor:
+        """The concatenation of every rank's `tensor`, for checks: what no step does must not be counted."""
+        out = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
+        _all_gather(out, tensor.contiguous(), group=self.handle)
+        return out
+
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> list[dist.Work]:
         """Post sends (tensor, peer index) and receives together; returns the handles, sends first."""
         ops = []

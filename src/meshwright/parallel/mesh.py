@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -17,12 +17,22 @@ from meshwright.spec.errors import UserError
 from meshwright.spec.grid import Grid
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
+from meshwright.spec.shards import Seat, Split
 
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """This rank's view of the grid. `groups` has `tp`, `cp`, `dp`, `pp`, and where the model needs them `kv` (tp ranks that
-    share a key-value head) and `embedding` (first and last stage, for a tied embedding)."""
+    """This rank's view of the grid. `groups` has
+
+    tp, cp, dp, pp          one for each axis of the dense world equation
+    ring, ulysses           the two parts of cp
+    ep, etp, edp            one for each axis of the expert equation; `ep` joins all ranks that share a layer's experts, ep x etp
+    data                    dp x cp: the ranks that hold the same dense weights
+    shard, replicate        of those, the ranks that cut the state among them, and those that hold the same part of it
+    expert_shard, expert_replicate   likewise of edp
+    kv                      tp ranks that share a key-value head, where the model has fewer heads than ranks
+    embedding               first and last stage, where they share a tied embedding
+    """
 
     layout: Layout
     rank: int
@@ -39,12 +49,8 @@ class Mesh:
         return self.coordinates["pp"]
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.stage == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.stage == self.layout.pp - 1
+    def seat(self) -> Seat:
+        return Seat(self.coordinates["tp"], self.coordinates["ep"], self.coordinates["etp"])
 
     def owns(self, replicas: str | None) -> bool:
         """Whether this rank is the one, of those that hold the same values, that counts and saves them."""
@@ -72,13 +78,35 @@ def build_mesh(layout: Layout, model: Model, device: torch.device) -> Mesh:
     for axis in layout.order:
         ranks = grid.group(axis, rank)
         groups[axis] = Group(axis, ranks, ranks.index(rank), handles.get(axis), ledger)
+    for name, (axis, members) in _derived(layout, model, grid).items():
+        groups[name] = _group(axis, members, groups, rank, world, ledger)
+    coordinates = grid.coordinates(rank) | grid.expert_coordinates(rank)
+    return Mesh(layout, rank, device, MappingProxyType(coordinates), MappingProxyType(groups), ledger)
+
+
+Members = Callable[[int], tuple[int, ...]]
+"""The ranks of the group that a rank belongs to."""
+
+
+def _derived(layout: Layout, model: Model, grid: Grid) -> dict[str, tuple[str, Members]]:
+    """Groups beside those of the axes: (axis that the ledger books them on, members)."""
+    out: dict[str, tuple[str, Members]] = {"data": ("dp", grid.data_group)}
+    out["shard"] = ("dp", lambda r: grid.block(grid.data_group(r), r, layout.state_shards))
+    out["replicate"] = ("dp", lambda r: grid.across(grid.data_group(r), r, layout.state_shards))
+    out["ring"] = ("cp", lambda r: grid.across(grid.group("cp", r), r, layout.cp_ulysses))
+    out["ulysses"] = ("cp", lambda r: grid.block(grid.group("cp", r), r, layout.cp_ulysses))
     if layout.tp > model.kv_heads:
-        replicas = layout.tp // model.kv_heads
-        groups["kv"] = _extra_group("tp", [grid.kv_group(r, replicas) for r in range(world)], rank, ledger)
-    if model.tied and layout.pp > 1:
-        groups["embedding"] = _extra_group("pp", [grid.embedding_group(r) for r in range(world)], rank, ledger)
-    coordinates = MappingProxyType(grid.coordinates(rank))
-    return Mesh(layout, rank, device, coordinates, MappingProxyType(groups), ledger)
+        out["kv"] = ("tp", lambda r: grid.block(grid.group("tp", r), r, layout.tp // model.kv_heads))
+    if model.tied and Split.of(layout).ends_apart:
+        out["embedding"] = ("pp", grid.embedding_group)
+    if model.experts is not None:
+        out["ep"] = ("ep", lambda r: grid.expert_group(r, ("etp", "ep")))
+        out["etp"] = ("etp", lambda r: grid.expert_group(r, ("etp",)))
+        out["edp"] = ("edp", lambda r: grid.expert_group(r, ("edp",)))
+        shards = layout.expert_state_shards
+        out["expert_shard"] = ("edp", lambda r: grid.block(grid.expert_group(r, ("edp",)), r, shards))
+        out["expert_replicate"] = ("edp", lambda r: grid.across(grid.expert_group(r, ("edp",)), r, shards))
+    return out
 
 
 def _axis_handles(layout: Layout, device: torch.device) -> dict[str, dist.ProcessGroup]:
@@ -91,11 +119,22 @@ def _axis_handles(layout: Layout, device: torch.device) -> dict[str, dist.Proces
     return {axis: mesh.get_group(axis) for axis in outermost_first}
 
 
-def _extra_group(axis: str, groups: list[tuple[int, ...]], rank: int, ledger: Ledger) -> Group:
-    """A process group across part of an axis. `groups[r]` belongs to rank r, though it need not contain it."""
-    mine, handle = groups[rank], None
-    for ranks in sorted(set(groups)):
-        made = dist.new_group(list(ranks))
+def _group(axis: str, members: Members, made: dict[str, Group], rank: int, world: int, ledger: Ledger) -> Group:
+    """A group beside those of the axes, with a process group of its own unless one that was made has the same ranks.
+
+    `members(r)` need not contain r: a stage between the first and the last has no part in their group.
+    """
+    mine = members(rank)
+    index = mine.index(rank) if rank in mine else -1
+    if len(mine) == 1:
+        return Group(axis, mine, index, None, ledger)
+    same = next((group for group in made.values() if group.ranks == mine and group.handle is not None), None)
+    if same is not None:  # the grid is regular: what is equal for one rank is equal for all
+        return Group(axis, mine, index, same.handle, ledger)
+    handle = None
+    for ranks in sorted({members(r) for r in range(world)}):
+        created = dist.new_group(list(ranks))
         if ranks == mine:
-            handle = made
-    return Group(axis, mine, mine.index(rank) if rank in mine else -1, handle, ledger)
+            handle = created
+    return Group(axis, mine, index, handle, ledger)
+

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from meshwright.models.attention import EVERYWHERE, Where
 from meshwright.parallel.collectives import Group
+from meshwright.parallel.linear import WeightGradients
 from meshwright.schedule.actions import Action, Kind, Schedule
 from meshwright.schedule.check import batches
 
-MicroBatch = tuple[Tensor, Tensor]
-"""Token ids [B, L] and labels [B, L]; label -100 is ignored."""
+class MicroBatch(NamedTuple):
+    """Token ids [B, L], labels [B, L] (label -100 is ignored) and where the tokens stand."""
+
+    tokens: Tensor
+    labels: Tensor
+    where: Where = EVERYWHERE
 
 
 class Pipeline:
@@ -24,14 +31,15 @@ class Pipeline:
 
     def __init__(
         self,
-        stage: nn.Module,
+        chunks: Sequence[nn.Module],
         schedule: Schedule,
         group: Group,
         loss: Callable[[Tensor, Tensor], Tensor],
         boundary: tuple[int, ...],
         dtype: torch.dtype,
+        weights: WeightGradients,
     ):
-        self.stage, self.group, self.loss, self.boundary, self.dtype = stage, group, loss, boundary, dtype
+        self.stage, self.group, self.loss, self.boundary, self.dtype = chunks[0], group, loss, boundary, dtype
         actions = schedule.actions[group.index]
         self.work = batches(actions)
         self.micro_batches = schedule.micro_batches
@@ -39,7 +47,7 @@ class Pipeline:
         self.is_first, self.is_last = group.index == 0, group.index == group.size - 1
         self.loss_dtype = torch.promote_types(dtype, torch.float32)
 
-    def run(self, data: Sequence[MicroBatch], scale: Tensor, on_last_backward: Callable[[], None]) -> Tensor:
+    def run(self, data: Sequence[MicroBatch], scale: Tensor) -> Tensor:
         """One step over `data`; gradients are of `scale` times the summed loss.
 
         Returns the summed, scaled loss on the last stage and zero elsewhere.
@@ -49,8 +57,6 @@ class Pipeline:
         step = _Step(self, data, scale)
         for batch in self.work:
             action = batch[0]
-            if action == self._last_backward:
-                on_last_backward()
             if action.kind is Kind.FORWARD:
                 step.forward(action.micro_batch)
             elif action.kind is Kind.BACKWARD:
@@ -76,13 +82,13 @@ class _Step:
 
     def forward(self, i: int) -> None:
         pipeline = self.pipeline
-        tokens, labels = self.data[i]
+        tokens, labels, where = self.data[i]
         if pipeline.is_first:
             x = tokens
         else:
             self._arrive(Action(Kind.RECV_FORWARD, i))
             x = self.inputs[i].requires_grad_()
-        out = pipeline.stage(x)
+        out = pipeline.stage(x, where)
         if pipeline.is_last:
             out = pipeline.loss(out, labels) * self.scale
             self.total += out.detach()

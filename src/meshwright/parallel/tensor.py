@@ -11,6 +11,7 @@ cut the flattened tokens, not the sequence, so gathering them back never copies.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,68 +24,86 @@ from meshwright.parallel.collectives import (
     all_reduce_forward_identity_backward,
     reduce_scatter_forward_all_gather_backward,
 )
+from meshwright.parallel.linear import WeightGradients, linear
 from meshwright.parallel.vocab import VocabParallelEmbedding
 
 
-def apply_tensor_parallel(decoder: Decoder, group: Group, *, sequence: bool, micro_batch: int) -> None:
+def apply_tensor_parallel(
+    decoder: Decoder, group: Group, gradients: WeightGradients, *, sequence: bool, micro_batch: int
+) -> None:
     """Replace the linears and the embedding of `decoder` by their parallel forms. Parameters keep their names."""
+    make = TensorParallel(group, gradients, sequence, micro_batch)
     for layer in decoder.layers.values():
-        layer.attention.qkv = ColumnParallel(layer.attention.qkv, group, sequence, micro_batch)
-        layer.attention.out = RowParallel(layer.attention.out, group, sequence)
-        layer.mlp.gate_up = ColumnParallel(layer.mlp.gate_up, group, sequence, micro_batch)
-        layer.mlp.down = RowParallel(layer.mlp.down, group, sequence)
+        layer.attention.qkv = make.columns(layer.attention.qkv)
+        layer.attention.out = make.row(layer.attention.out)
+        layer.mlp.gate_up = make.columns(layer.mlp.gate_up)
+        layer.mlp.down = make.row(layer.mlp.down)
     if decoder.embedding is not None:
         tokens, positions = decoder.embedding.tokens, decoder.embedding.positions
         decoder.embedding.tokens = VocabParallelEmbedding(tokens, group, sequence)
         if sequence and positions is not None:
             decoder.embedding.positions = SequenceParallelPositions(positions, group)
     if decoder.head is not None:
-        decoder.head = ColumnParallelHead(decoder.head, group, sequence, micro_batch)
+        decoder.head = ColumnParallelHead(decoder.head, make)
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """What all parallel linears of a decoder have in common."""
+
+    group: Group
+    gradients: WeightGradients
+    sequence: bool
+    micro_batch: int
+
+    def columns(self, linears: nn.ModuleDict) -> ColumnParallel:
+        return ColumnParallel(linears, self)
+
+    def row(self, linear: nn.Linear) -> RowParallel:
+        return RowParallel(linear, self)
 
 
 class ColumnParallel(nn.ModuleDict):
     """Linears that read the same input, each with a share of its output features. One collective for all of them."""
 
-    def __init__(self, linears: nn.ModuleDict, group: Group, sequence: bool, micro_batch: int):
+    def __init__(self, linears: nn.ModuleDict, shared: TensorParallel):
         super().__init__(linears.items())
-        self.group, self.sequence, self.micro_batch = group, sequence, micro_batch
+        self.shared = shared
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x_BLD, or x_tD with sequence parallel; returns a y_BL* for each linear."""
-        weights = [linear.weight for linear in self.values()]
-        outputs = _ColumnParallelLinears.apply(x, self.group, self.sequence, *weights)
-        if self.sequence:
-            outputs = [y.unflatten(0, (self.micro_batch, -1)) for y in outputs]
-        return [y if linear.bias is None else y + linear.bias for y, linear in zip(outputs, self.values(), strict=True)]
+        weights = [one.weight for one in self.values()]
+        outputs = _ColumnParallelLinears.apply(x, self.shared, *weights)
+        if self.shared.sequence:
+            outputs = [y.unflatten(0, (self.shared.micro_batch, -1)) for y in outputs]
+        return [y if one.bias is None else y + one.bias for y, one in zip(outputs, self.values(), strict=True)]
 
 
 class ColumnParallelHead(nn.Module):
     """The output head with a share of the vocabulary: logits stay cut over the tp group."""
 
-    def __init__(self, linear: nn.Linear, group: Group, sequence: bool, micro_batch: int):
+    def __init__(self, linear: nn.Linear, shared: TensorParallel):
         super().__init__()
-        self.weight = linear.weight
-        self.group, self.sequence, self.micro_batch = group, sequence, micro_batch
+        self.weight, self.shared = linear.weight, shared
 
     def forward(self, x: Tensor) -> Tensor:
-        (y,) = _ColumnParallelLinears.apply(x, self.group, self.sequence, self.weight)
-        return y.unflatten(0, (self.micro_batch, -1)) if self.sequence else y
+        (y,) = _ColumnParallelLinears.apply(x, self.shared, self.weight)
+        return y.unflatten(0, (self.shared.micro_batch, -1)) if self.shared.sequence else y
 
 
 class RowParallel(nn.Module):
     """A linear with a share of its input features; partial outputs are summed over the group, then biased."""
 
-    def __init__(self, linear: nn.Linear, group: Group, sequence: bool):
+    def __init__(self, linear: nn.Linear, shared: TensorParallel):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.group, self.sequence = group, sequence
+        self.weight, self.bias, self.shared = linear.weight, linear.bias, shared
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
-        if self.sequence:
-            y = reduce_scatter_forward_all_gather_backward(y.flatten(0, 1), self.group)
+        y = linear(x, self.weight, None, self.shared.gradients)
+        if self.shared.sequence:
+            y = reduce_scatter_forward_all_gather_backward(y.flatten(0, 1), self.shared.group)
         else:
-            y = all_reduce_forward_identity_backward(y, self.group)
+            y = all_reduce_forward_identity_backward(y, self.shared.group)
         return y if self.bias is None else y + self.bias
 
 
@@ -109,35 +128,35 @@ class _ColumnParallelLinears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, sequence: bool, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.sequence = group, sequence
-        ctx.save_for_backward(x, *weights)
-        if sequence:
-            whole = x.new_empty(group.size * x.shape[0], x.shape[1])
-            group.all_gather(whole, x)
+    def forward(ctx: Any, x: Tensor, shared: TensorParallel, *weights: nn.Parameter) -> tuple[Tensor, ...]:
+        ctx.shared, ctx.weights = shared, weights
+        ctx.save_for_backward(x)
+        if shared.sequence:
+            whole = x.new_empty(shared.group.size * x.shape[0], x.shape[1])
+            shared.group.all_gather(whole, x)
             x = whole
         return tuple(F.linear(x, weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, *weights = ctx.saved_tensors
-        group: Group = ctx.group
+        (x,), shared, weights = ctx.saved_tensors, ctx.shared, ctx.weights
+        group: Group = shared.group
         regather = None
-        if ctx.sequence:
+        if shared.sequence:
             local, x = x, x.new_empty(group.size * x.shape[0], x.shape[1])
             regather = group.all_gather(x, local, wait=False)
         flat = [grad.flatten(0, -2) for grad in grads]
         dx = flat[0] @ weights[0]
         for grad, weight in zip(flat[1:], weights[1:], strict=True):
             dx.addmm_(grad, weight)
-        if ctx.sequence:
+        if shared.sequence:
             dx_out = dx.new_empty(local.shape)
             reduction = group.reduce_scatter(dx_out, dx, wait=False)
             regather.wait()
         else:
             dx_out = dx.view(x.shape)
             reduction = group.all_reduce(dx_out, wait=False)
-        x_flat = x.flatten(0, -2)
-        dw = [grad.t() @ x_flat for grad in flat]
+        for grad, weight in zip(flat, weights, strict=True):
+            shared.gradients.add(weight, grad, x)
         reduction.wait()
-        return dx_out, None, None, *dw
+        return dx_out, None, *(None for _ in weights)

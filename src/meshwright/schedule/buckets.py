@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from meshwright.spec.layout import Layout
+from meshwright.spec.precision import STATE_BYTES
 from meshwright.spec.shards import Shard
 
 ALIGNMENT = 64
@@ -26,6 +28,16 @@ class Bucket:
     shards: tuple[Shard, ...]
     offsets: tuple[int, ...]
     numel: int
+    cuts: int
+    """Parts that its state is cut into under ZeRO; `numel` is a multiple."""
+    unit: str | None = None
+    """Under ZeRO-3, the part of the model (a layer, the embedding, the head) for which these parameters are gathered; None: they
+    are always whole."""
+
+    @property
+    def owned(self) -> int:
+        """Elements whose state one rank keeps."""
+        return self.numel // self.cuts
 
     @property
     def decay(self) -> bool:
@@ -39,42 +51,55 @@ class Bucket:
     def partial(self) -> bool:
         return self.shards[0].partial
 
+    @property
+    def routed(self) -> bool:
+        return self.shards[0].routed
+
 
 def bucket_bytes(ranks: int) -> int:
     """The target size of a bucket reduced over `ranks` ranks."""
     return max(MIN_BUCKET_BYTES, BUCKET_BYTES_PER_RANK * ranks)
 
 
-def plan_buckets(shards: Sequence[Shard], *, ranks: int, cuts: int, element_bytes: int) -> tuple[Bucket, ...]:
+def plan_buckets(shards: Sequence[Shard], layout: Layout) -> tuple[Bucket, ...]:
     """Group a rank's shards into buckets, last layer first (the order in which gradients become ready).
 
-    `ranks`: size of the data-parallel group. `cuts`: parts of the optimizer state, of which each bucket is a
-    multiple. `element_bytes`: of a gradient element. Shards that differ in weight decay or in how their gradient
-    is completed go to different buckets.
+    A bucket's length is a multiple of the parts that its state is cut into. Shards that differ in weight decay, in how their
+    gradient is completed or, under ZeRO-3, in when they are gathered go to different buckets.
     """
-    limit = bucket_bytes(ranks) // element_bytes
+    element = STATE_BYTES[layout.precision].gradient
     open_: dict[tuple[object, ...], list[Shard]] = {}
     filled: dict[tuple[object, ...], int] = {}
     out: list[Bucket] = []
     for shard in reversed(shards):
-        key = (shard.decay, shard.replicas, shard.partial)
+        unit = unit_of(shard.name) if layout.zero == 3 and shard.gathered else None
+        key = (unit, shard.decay, shard.replicas, shard.partial, shard.routed)
+        limit = bucket_bytes(layout.edp if shard.routed else layout.data_ranks) // element
         waiting = open_.setdefault(key, [])
-        if waiting and filled[key] + shard.numel > limit:
-            out.append(_close(waiting, cuts))
+        if waiting and unit is None and filled[key] + shard.numel > limit:
+            out.append(_close(waiting, unit, layout))
             waiting.clear()
             filled[key] = 0
         waiting.append(shard)
         filled[key] = filled.get(key, 0) + _aligned(shard.numel)
-    out += [_close(waiting, cuts) for waiting in open_.values() if waiting]
+    out += [_close(waiting, key[0], layout) for key, waiting in open_.items() if waiting]
     return tuple(out)
 
 
-def _close(shards: list[Shard], cuts: int) -> Bucket:
+def unit_of(name: str) -> str:
+    """The part of the model that a parameter belongs to: `layers.3`, `embedding`, `norm` or `head`."""
+    first, second, *_ = name.split(".")
+    return f"{first}.{second}" if first == "layers" else first
+
+
+def _close(shards: list[Shard], unit: object, layout: Layout) -> Bucket:
+    cuts = layout.expert_state_shards if shards[0].routed else layout.state_shards
     offsets, end = [], 0
     for shard in shards:
         offsets.append(end)
         end += _aligned(shard.numel)
-    return Bucket(tuple(shards), tuple(offsets), -(-end // cuts) * cuts)
+    assert unit is None or isinstance(unit, str)
+    return Bucket(tuple(shards), tuple(offsets), -(-end // cuts) * cuts, cuts, unit)
 
 
 def _aligned(numel: int) -> int:

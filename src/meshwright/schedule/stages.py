@@ -3,8 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 from meshwright.spec.errors import UserError
+from meshwright.spec.layout import Layout
+from meshwright.spec.model import Model
+from meshwright.spec.shards import Seat, Shard, Split, chunk_shards
+
+FOLDED = ("zb-v", "dualpipe-v")
+"""Schedules whose second chunk runs back through the stages, so that the first stage holds both ends of the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive layers; the chunk at the first place also holds the embedding, the one at the last place the head."""
+
+    place: int
+    layers: range
+    first: bool
+    last: bool
+
+
+def placement(schedule: str, stages: int, chunks: int) -> tuple[tuple[int, ...], ...]:
+    """`placement[stage][chunk]`: the chunk's place in the model, from 0 to stages * chunks - 1."""
+    if schedule in FOLDED:
+        return tuple((stage, 2 * stages - 1 - stage) for stage in range(stages))
+    return tuple(tuple(chunk * stages + stage for chunk in range(chunks)) for stage in range(stages))
+
+
+@lru_cache(maxsize=1024)
+def stage_chunks(layers: int, layout: Layout) -> tuple[tuple[Chunk, ...], ...]:
+    """The chunks of each stage."""
+    held = stage_layers(layers, layout.pp * layout.chunks)
+    last = len(held) - 1
+    return tuple(
+        tuple(Chunk(place, held[place], place == 0, place == last) for place in places)
+        for places in placement(layout.schedule, layout.pp, layout.chunks)
+    )
+
+
+def rank_shards(model: Model, layout: Layout, stage: int, seat: Seat) -> tuple[Shard, ...]:
+    """Every shard of a rank, in model order; a tied embedding whose two ends share the rank is there once."""
+    split = Split.of(layout)
+    chunks = sorted(stage_chunks(model.layers, layout)[stage], key=lambda chunk: chunk.place)
+    return tuple(s for c in chunks for s in chunk_shards(model, split, seat, c.layers, c.first, c.last))
 
 
 def stage_layers(layers: int, stages: int) -> tuple[range, ...]:

@@ -6,6 +6,7 @@ This is the only rank arithmetic in Meshwright. `parallel/mesh.py` adds process 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
@@ -43,11 +44,42 @@ class Grid:
         """Every group of `axis`, ordered by first rank."""
         return sorted({self.group(axis, rank) for rank in range(self.world)})
 
-    def kv_group(self, rank: int, replicas: int) -> tuple[int, ...]:
-        """The `replicas` neighbouring tp ranks that hold the same key-value head."""
-        tp = self.group("tp", rank)
-        start = self.coordinates(rank)["tp"] // replicas * replicas
-        return tp[start : start + replicas]
+    def joint_group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
+        """The ranks that differ from `rank` on any of `axes` and on no other, ascending."""
+        here = self.coordinates(rank)
+        others = [range(self.layout.degree(axis)) for axis in axes]
+        return tuple(sorted(self.rank(**{**here, **dict(zip(axes, at, strict=True))}) for at in product(*others)))
+
+    def expert_coordinates(self, rank: int) -> dict[str, int]:
+        """Place among the ranks of the stage, which experts split anew: etp innermost, then ep, then edp ("parallel
+        folding", arXiv 2504.14960)."""
+        layout = self.layout
+        within = self.joint_group(rank, ("tp", "cp", "dp")).index(rank)
+        rest, etp = divmod(within, layout.etp)
+        edp, ep = divmod(rest, layout.ep)
+        return {"etp": etp, "ep": ep, "edp": edp}
+
+    def expert_group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
+        """The ranks of the stage that differ from `rank` on any of `axes` (of etp, ep, edp) and on no other, ascending."""
+        fixed = [axis for axis in ("etp", "ep", "edp") if axis not in axes]
+        here = self.expert_coordinates(rank)
+        stage = self.joint_group(rank, ("tp", "cp", "dp"))
+        return tuple(r for r in stage if all(self.expert_coordinates(r)[axis] == here[axis] for axis in fixed))
+
+    def data_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the same dense weights: they differ on dp and cp."""
+        return self.joint_group(rank, ("cp", "dp"))
+
+    @staticmethod
+    def block(ranks: tuple[int, ...], rank: int, size: int) -> tuple[int, ...]:
+        """Of `ranks` in blocks of `size` neighbours, the block that holds `rank`."""
+        start = ranks.index(rank) // size * size
+        return ranks[start : start + size]
+
+    @staticmethod
+    def across(ranks: tuple[int, ...], rank: int, size: int) -> tuple[int, ...]:
+        """Of `ranks` in blocks of `size` neighbours, those at the same place of their block as `rank`."""
+        return ranks[ranks.index(rank) % size :: size]
 
     def embedding_group(self, rank: int) -> tuple[int, ...]:
         """First and last stage at this rank's other coordinates: the two holders of a tied embedding."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import Literal, get_args
 
 from meshwright.spec.errors import UserError, choices
@@ -112,9 +112,21 @@ class Layout:
         return self.cp // self.cp_ulysses
 
     @property
+    def data_ranks(self) -> int:
+        """Ranks that hold the same dense weights and see other tokens: dp * cp."""
+        return self.dp * self.cp
+
+    @property
     def state_shards(self) -> int:
-        """Over how many dp ranks the optimizer state is cut."""
-        return (self.zero_shard or self.dp) if self.zero else 1
+        """Over how many ranks the state of dense weights is cut."""
+        return (self.zero_shard or self.data_ranks) if self.zero else 1
+
+    @property
+    def expert_state_shards(self) -> int:
+        """Over how many ranks the state of expert weights is cut: as many of the sharding group as hold the same experts."""
+        if not self.zero:
+            return 1
+        return self.edp if self.zero_shard is None else gcd(self.zero_shard, self.edp)
 
     def degree(self, axis: str) -> int:
         return int(getattr(self, axis))

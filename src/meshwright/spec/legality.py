@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
@@ -10,12 +12,13 @@ from meshwright.spec.precision import STATE_BYTES
 from meshwright.spec.workload import Workload
 
 BUILT_SCHEDULES = ("gpipe", "1f1b")
-BUILT_RECOMPUTES = ("none", "full")
+BUILT_RECOMPUTES = ("none", "selective", "full")
 
 
 def check_layout(layout: Layout, model: Model, workload: Workload) -> None:
     """Raise UserError for the first thing that does not divide."""
     _check_tensor_parallel(layout, model, workload)
+    _check_experts(layout, model, workload)
     if layout.pp * layout.chunks > model.layers:
         raise UserError(
             f"{model.name} has {model.layers} layers, fewer than the {layout.pp * layout.chunks} stages of "
@@ -68,7 +71,6 @@ def refuse_unbuilt(layout: Layout) -> None:
         (layout.schedule, BUILT_SCHEDULES, "pipeline schedule"),
         (layout.recompute, BUILT_RECOMPUTES, "recompute mode"),
         (layout.precision, tuple(STATE_BYTES), "precision"),
-        (layout.zero, (0, 1), "ZeRO stage"),
     ):
         if given not in built:
             raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")
@@ -77,8 +79,6 @@ def refuse_unbuilt(layout: Layout) -> None:
             raise UserError(
                 f"{axis}{layout.degree(axis)}: the {axis} axis is not built yet; this version has dp, tp and pp"
             )
-    if layout.zero_shard:
-        raise UserError("hybrid sharding is not built yet; this version shards over all of dp")
 
 
 def refuse_unbuilt_model(model: Model) -> None:
@@ -110,17 +110,41 @@ def _check_tensor_parallel(layout: Layout, model: Model, workload: Workload) -> 
             f"tp {tp} neither divides the {model.kv_heads} key-value heads of {model.name} nor is a multiple of them: "
             f"legal tp: {_legal_tp(model)}"
         )
-    if model.ffn % tp:
+    if model.experts and model.experts.shared_ffn % tp:
+        raise UserError(
+            f"tp {tp} does not divide the shared expert's width {model.experts.shared_ffn} of {model.name}: "
+            f"legal tp: {_legal_tp(model)}"
+        )
+    if model.ffn % tp and len(model.moe_layers) < model.layers:
         raise UserError(f"tp {tp} does not divide the MLP width {model.ffn} of {model.name}: legal tp: {_legal_tp(model)}")
     if _idle_vocabulary(model, tp):
         raise UserError(
             f"tp {tp} leaves a rank without any of the {model.vocab} vocabulary rows of {model.name}: legal tp: {_legal_tp(model)}"
         )
-    tokens = layout.micro_batch * workload.seq
-    if layout.sp and tokens % tp:
+    tokens = layout.micro_batch * workload.seq // layout.cp
+    if (layout.sp or model.experts) and tokens % tp:
+        share = f" / cp {layout.cp}" if layout.cp > 1 else ""
         raise UserError(
-            f"sequence parallel cuts the {tokens} tokens of a micro-batch (mb {layout.micro_batch} x seq {workload.seq}) into tp {tp} "
-            f"equal parts: it does not divide; try seq {-(-workload.seq // tp) * tp}"
+            f"{'sequence parallel' if layout.sp else 'expert routing'} cuts the {tokens} tokens of a micro-batch "
+            f"(mb {layout.micro_batch} x seq {workload.seq}{share}) into tp {tp} equal parts: it does not divide; "
+            f"try seq {-(-workload.seq // (tp * layout.cp)) * tp * layout.cp}"
+        )
+
+
+def _check_experts(layout: Layout, model: Model, workload: Workload) -> None:
+    experts = model.experts
+    if experts is None:
+        if layout.ep > 1 or layout.etp > 1:
+            given = " and ".join(f"{axis}{layout.degree(axis)}" for axis in ("ep", "etp") if layout.degree(axis) > 1)
+            raise UserError(f"{given} splits experts, but {model.name} is dense: leave it out")
+        return
+    if experts.count % layout.ep:
+        legal = ", ".join(str(n) for n in range(1, experts.count + 1) if experts.count % n == 0)
+        raise UserError(f"ep {layout.ep} does not divide the {experts.count} experts of {model.name}: legal ep: {legal}")
+    if experts.ffn % layout.etp:
+        raise UserError(
+            f"etp {layout.etp} does not divide the expert width {experts.ffn} of {model.name}: "
+            f"try a divisor such as {gcd(experts.ffn, layout.etp)}"
         )
 
 
@@ -130,6 +154,8 @@ def _idle_vocabulary(model: Model, tp: int) -> bool:
 
 def _legal_tp(model: Model) -> str:
     """Every degree that heads, key-value heads, MLP width and vocabulary allow."""
-    divides = (n for n in range(1, model.heads + 1) if model.heads % n == 0 and model.ffn % n == 0)
+    widths = [model.ffn] if len(model.moe_layers) < model.layers else []
+    widths += [model.experts.shared_ffn] if model.experts else []
+    divides = (n for n in range(1, model.heads + 1) if model.heads % n == 0 and not any(w % n for w in widths))
     shares = (n for n in divides if model.kv_heads % n == 0 or n % model.kv_heads == 0)
     return ", ".join(str(n) for n in shares if n == 1 or not _idle_vocabulary(model, n))

@@ -11,7 +11,7 @@ from meshwright.spec.layout import Precision
 class StateBytes:
     """Bytes per parameter element. `master` is 0 where the parameters are their own master copy.
 
-    bf16 keeps gradients, master weights and both Adam moments in fp32: 2 + 4 + 12 = 18 bytes a parameter
+    bf16 and fp16 keep gradients, master weights and both Adam moments in fp32: 2 + 4 + 12 = 18 bytes a parameter
     (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1, with fp32 gradient accumulation as in Megatron).
     """
 
@@ -29,4 +29,5 @@ STATE_BYTES: dict[Precision, StateBytes] = {
     "fp64": StateBytes(8, 8, 0, 16),
     "fp32": StateBytes(4, 4, 0, 8),
     "bf16": StateBytes(2, 4, 4, 8),
+    "fp16": StateBytes(2, 4, 4, 8),
 }

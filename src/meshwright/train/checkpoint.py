@@ -65,7 +65,7 @@ def save_checkpoint(directory: Path, step: int, about: dict[str, Any], mesh: Mes
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier()
-    boxes = _owned_boxes(mesh, optimizer) if _writes(mesh) else {}
+    boxes = _owned_boxes(mesh, optimizer)
     with _quiet():
         dcp.save(
             {}, storage_writer=dcp.FileSystemWriter(partial), planner=_SavePlanner(boxes), no_dist=not dist.is_initialized()
@@ -150,13 +150,10 @@ def _within_row(
         yield (index, *offsets), (1, *sizes), index * row + at
 
 
-def _writes(mesh: Mesh) -> bool:
-    """Without ZeRO all dp ranks hold the same; the first one writes."""
-    return mesh.layout.state_shards > 1 or mesh["dp"].index == 0
-
-
 def _owned_boxes(mesh: Mesh, optimizer: Optimizer) -> dict[str, list[Box]]:
-    return _boxes(optimizer, [b for b in optimizer.state.buckets if mesh.owns(b.plan.replicas)])
+    """Of the ranks that hold the same values, the first one writes."""
+    owned = [b for b in optimizer.state.buckets if b.replicate.index == 0 and mesh.owns(b.plan.replicas)]
+    return _boxes(optimizer, owned)
 
 
 def _held_boxes(mesh: Mesh, optimizer: Optimizer) -> dict[str, list[Box]]:
@@ -186,8 +183,8 @@ def _shard_boxes(shard: Shard, offset: int, owned: slice, flat: Tensor) -> Itera
         numel = 1
         for size in sizes:
             numel *= size
-        if shard.dim is not None:
-            offsets = tuple(o + (shard.start if dim == shard.dim else 0) for dim, o in enumerate(offsets))
+        starts = {dim: start for dim, start, _ in shard.cuts}
+        offsets = tuple(o + starts.get(dim, 0) for dim, o in enumerate(offsets))
         yield Box(offsets, shard.global_shape, flat[base + at : base + at + numel].view(sizes))
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from meshwright.cost.flops import model_flops_per_token
 from meshwright.models.huggingface import SafetensorsReader
@@ -20,7 +19,6 @@ from meshwright.parallel.mesh import build_mesh
 from meshwright.spec.catalogue import accelerator_of_device, load_accelerator, load_cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.files import write_text_atomically
-from meshwright.spec.shards import Shard
 from meshwright.train.batches import Batches, PackedTokens, check_vocabulary
 from meshwright.train.checkpoint import export_safetensors, load_checkpoint, newest_checkpoint, save_checkpoint
 from meshwright.train.corpus import pack
@@ -138,9 +136,9 @@ class Run:
 
     def _initial(self) -> Any:
         if self.recipe.init is None:
-            return lambda shard: cut(initial_value(self.model, shard.name, shard.global_shape, self.recipe.seed), shard)
+            return lambda shard: shard.of(initial_value(self.model, shard.name, shard.global_shape, self.recipe.seed))
         reader = SafetensorsReader(self.model, Path(self.recipe.init))
-        return lambda shard: cut(reader.read(shard.name), shard)
+        return lambda shard: shard.of(reader.read(shard.name))
 
     def _open_log(self, first: int) -> Any:
         if not self.is_main:
@@ -201,8 +199,3 @@ def peak_flops(recipe: Recipe) -> float | None:
     else:
         accelerator = load_cluster("local").accelerator
     return accelerator.peak_flops.get(recipe.parsed_layout.precision)
-
-
-def cut(whole: Tensor, shard: Shard) -> Tensor:
-    """The part of a whole parameter that `shard` describes."""
-    return whole if shard.dim is None else whole.narrow(shard.dim, shard.start, shard.length)

@@ -1,0 +1,145 @@
+"""Matrix products whose weight gradients go straight to where they are kept.
+
+Autograd would make a new tensor of every weight gradient and add it to the bucket afterwards: one more pass over all the
+gradients of the model. Here the product of the backward is written into the bucket, or added to it, by the matmul itself.
+And because nothing else waits for that product, a zero-bubble schedule can put it off (Qi et al. 2023, arXiv 2401.10241).
+
+Weights are read from the parameter again in backward, not saved by autograd: under ZeRO-3 their memory comes and goes.
+
+Shape suffixes: T tokens, I input features, O output features, E experts of this rank, n rows sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Slot(Protocol):
+    """Where the gradient of one weight is kept; see `parallel/data.py`."""
+
+    def add_product(self, grad_TO: Tensor, x_TI: Tensor) -> None: ...
+
+    def add_products(self, grad_nO: Tensor, x_nI: Tensor, counts: Sequence[int]) -> None: ...
+
+
+class Later:
+    """Products that were put off, in order."""
+
+    def __init__(self) -> None:
+        self._products: list[Callable[[], None]] = []
+
+    def append(self, product: Callable[[], None]) -> None:
+        self._products.append(product)
+
+    def run(self) -> None:
+        """Compute them, once."""
+        products, self._products = self._products, []
+        for product in products:
+            product()
+
+    def __len__(self) -> int:
+        return len(self._products)
+
+
+class WeightGradients:
+    """Which slot each weight of a rank has, and whether its products are computed at once or later."""
+
+    def __init__(self) -> None:
+        self._slots: dict[int, Slot] = {}
+        self._later: Later | None = None
+
+    def keep(self, weight: nn.Parameter, slot: Slot) -> None:
+        """From here on the gradient of `weight` belongs to `slot`."""
+        self._slots[id(weight)] = slot
+
+    @contextmanager
+    def deferred(self) -> Iterator[Later]:
+        """Products that come up inside are collected in what this yields, instead of computed."""
+        later = Later()
+        before, self._later = self._later, later
+        try:
+            yield later
+        finally:
+            self._later = before
+
+    def add(self, weight: nn.Parameter, grad: Tensor, x: Tensor) -> None:
+        """The gradient grad_TO^T x_TI; leading dims of both count as tokens."""
+        slot, grad_TO, x_TI = self._slots[id(weight)], grad.flatten(0, -2), x.flatten(0, -2)
+        self._now_or_later(lambda: slot.add_product(grad_TO, x_TI))
+
+    def add_grouped(self, weight: nn.Parameter, grad_nO: Tensor, x_nI: Tensor, counts: Sequence[int]) -> None:
+        """The gradient of a stacked weight [E, O, I] from rows sorted by expert, `counts` of each."""
+        slot = self._slots[id(weight)]
+        self._now_or_later(lambda: slot.add_products(grad_nO, x_nI, counts))
+
+    def _now_or_later(self, product: Callable[[], None]) -> None:
+        if self._later is None:
+            product()
+        else:
+            self._later.append(product)
+
+
+class Linear(nn.Module):
+    """`nn.Linear` with its weight gradient in a slot."""
+
+    def __init__(self, linear: nn.Linear, gradients: WeightGradients):
+        super().__init__()
+        self.weight, self.bias, self.gradients = linear.weight, linear.bias, gradients
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self.gradients)
+
+
+def linear(x: Tensor, weight: nn.Parameter, bias: Tensor | None, gradients: WeightGradients) -> Tensor:
+    """x_TI weight_OI^T + bias_O; leading dims of x count as tokens."""
+    return _Linear.apply(x, weight, bias, gradients)  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: Tensor | None, gradients: WeightGradients) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.gradients = weight, gradients
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        dx = grad @ ctx.weight if ctx.needs_input_grad[0] else None
+        ctx.gradients.add(ctx.weight, grad, x)
+        dbias = grad.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias, None
+
+
+def grouped_linear(x_nI: Tensor, weight_EOI: nn.Parameter, counts: Sequence[int], gradients: WeightGradients) -> Tensor:
+    """Rows sorted by expert, each times its expert's matrix; `counts` rows for each expert, zero allowed. Returns y_nO."""
+    return _GroupedLinear.apply(x_nI, weight_EOI, tuple(counts), gradients)  # type: ignore[no-any-return]
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_nI: Tensor, weight_EOI: nn.Parameter, counts: tuple[int, ...], gradients: WeightGradients
+    ) -> Tensor:
+        ctx.save_for_backward(x_nI)
+        ctx.weight, ctx.counts, ctx.gradients = weight_EOI, counts, gradients
+        y_nO = x_nI.new_empty(x_nI.shape[0], weight_EOI.shape[1])
+        for x, w, y in zip(x_nI.split(counts), weight_EOI, y_nO.split(counts), strict=True):
+            torch.mm(x, w.t(), out=y)
+        return y_nO
+
+    @staticmethod
+    def backward(ctx: Any, grad_nO: Tensor) -> tuple[Tensor, None, None, None]:
+        (x_nI,) = ctx.saved_tensors
+        grad_nO = grad_nO.contiguous()
+        dx_nI = torch.empty_like(x_nI)
+        for grad, w, dx in zip(grad_nO.split(ctx.counts), ctx.weight.detach(), dx_nI.split(ctx.counts), strict=True):
+            torch.mm(grad, w, out=dx)
+        ctx.gradients.add_grouped(ctx.weight, grad_nO, x_nI, ctx.counts)
+        return dx_nI, None, None, None
