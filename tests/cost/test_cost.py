@@ -18,7 +18,9 @@ from meshwright.cost.estimate import Estimate, Estimator
 from meshwright.cost.flops import model_flops_per_token
 from meshwright.cost.kernels import Kernels, interpolate
 from meshwright.cost.memory import stage_memory, state_bytes
-from meshwright.cost.program import Attention, Collective, Gemm, Op, Piece, Place, Program, Under, layer_piece, rank_program
+from meshwright.cost.ops import Attention, Collective, Gemm, Op, Piece, Under
+from meshwright.cost.pieces import layer_piece
+from meshwright.cost.program import Place, Program, rank_program
 from meshwright.cost.traffic import collectives, step_collectives, step_traffic
 from meshwright.planner.search import legal_layouts
 from meshwright.schedule.orders import layout_schedule
@@ -345,7 +347,7 @@ def test_measured_rates_replace_the_formula() -> None:
     cluster = with_measured(H100, Measured(source="my bench", matmul=matmul, attention=attention, memory_bandwidth=1e12))
     kernels = Kernels(cluster, "bf16", 1)
     assert kernels.gemm(Gemm("measured", 4096, 4096, 4096)) == pytest.approx(2 * 4096**3 / 4e14)
-    forward, backward = (Attention("a", 1, 8, 1024, 64, None, backward=b) for b in (False, True))
+    forward, backward = (Attention("a", 1, 8, 1024, 64, 64, None, backward=b) for b in (False, True))
     assert kernels.attention(forward) == pytest.approx(forward.flops / 1e14)
     assert kernels.attention(backward) == pytest.approx(backward.flops / 5e13)
     assert Kernels(cluster, "bf16", H100.node.accelerators).memory_bandwidth == 1e12

@@ -49,4 +49,11 @@ MORE_LAYOUTS = (
     "dp2:zero1 tp2:sp mb2 ac:full",
     "tp2 pp2 mb4 ac:full",
     "dp2 tp2 pp2 mb2 order:pp-dp-cp-tp",
+    "dp2:zero2 mb1",
+    "dp2:zero2 tp2:sp pp2 mb2",
+    "dp2:zero3 mb4 ac:full",
+    "dp2:zero3 tp2:sp mb2",
+    "dp2:zero3 pp2 mb1",
+    "dp4:zero3x2 mb1",
+    "dp4:zero1x2 mb1 ac:selective",
 )

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from meshwright.cost.estimate import Estimator
-from meshwright.cost.program import Attention
+from meshwright.cost.ops import Attention
 from meshwright.probe.bench import CPU_SIZES, GPU_SIZES, Sizes, _own_cluster, measure_cluster
 from meshwright.probe.collectives import group_sizes
 from meshwright.probe.machine import Machine, this_machine
@@ -70,7 +70,7 @@ def test_every_kind_of_point_is_there(cluster: Cluster) -> None:
     measured = cluster.measured
     assert measured is not None
     assert {(p.m, p.n, p.k, p.active) for p in measured.matmul} == {(*s, a) for s in SMALL.matmul for a in (1, 2)}
-    forward = [Attention("", 1, SMALL.heads, length, 64, None, backward=False).flops for length in SMALL.attention]
+    forward = [Attention("", 1, SMALL.heads, length, 64, 64, None, backward=False).flops for length in SMALL.attention]
     assert {(p.flops, p.active) for p in measured.attention} == {(f, a) for f in forward for a in (1, 2)}
     assert {p.op for p in measured.collectives} == {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p"}
     assert {(p.ranks, p.bytes) for p in measured.collectives} == {(2, size) for size in SMALL.messages}

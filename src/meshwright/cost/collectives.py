@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from meshwright.cost.kernels import interpolate
-from meshwright.cost.program import Collective
+from meshwright.cost.ops import Collective
 from meshwright.spec.cluster import Cluster, LinkTier
 from meshwright.spec.collectives import CollectiveConstants, RingProtocol
 from meshwright.spec.errors import UserError

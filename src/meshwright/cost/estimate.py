@@ -10,20 +10,8 @@ from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops_per_token
 from meshwright.cost.kernels import Kernels
 from meshwright.cost.memory import StageMemory, passing_bytes, stage_memory, state_bytes
-from meshwright.cost.program import (
-    Attention,
-    Collective,
-    Elementwise,
-    Gemm,
-    Op,
-    Piece,
-    Place,
-    Program,
-    Under,
-    boundary,
-    rank_program,
-    stage_pieces,
-)
+from meshwright.cost.ops import Attention, Collective, Elementwise, Gemm, Op, Piece, Under
+from meshwright.cost.program import Pieces, Place, Program, boundary, rank_program, stage_pieces
 from meshwright.cost.timeline import Timeline, play
 from meshwright.cost.traffic import step_collectives
 from meshwright.schedule.orders import layout_schedule, peak_in_flight
@@ -35,9 +23,6 @@ from meshwright.spec.layout import Layout
 from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt, refuse_unbuilt_model
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
-
-Pieces = tuple[tuple[Piece, int], ...]
-
 
 @dataclass(frozen=True, slots=True)
 class CollectiveCost:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from meshwright.cost.program import Attention, Elementwise, Gemm
+from meshwright.cost.ops import Attention, Elementwise, Gemm
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.kernels import load_kernel_constants

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meshwright.cost.program import Piece, Program
+from meshwright.cost.ops import Piece
+from meshwright.cost.program import Program
 from meshwright.schedule.actions import Schedule
 from meshwright.spec.layout import Layout
 from meshwright.spec.precision import STATE_BYTES
@@ -28,11 +29,12 @@ class StageMemory:
 def state_bytes(program: Program, layout: Layout) -> dict[str, int]:
     """Parameters, gradients and optimizer state, to the byte."""
     bytes_ = STATE_BYTES[layout.precision]
-    whole = sum(bucket.numel for bucket in program.buckets)
     owned = sum(bucket.owned for bucket in program.buckets)
+    parameters = sum(b.owned if b.unit else b.numel for b in program.buckets)
+    gradients = sum(b.owned if layout.zero >= 2 else b.numel for b in program.buckets)
     return {
-        "parameters": whole * bytes_.parameter,
-        "gradients": whole * bytes_.gradient,
+        "parameters": parameters * bytes_.parameter,
+        "gradients": gradients * bytes_.gradient,
         "optimizer": owned * bytes_.optimizer + STEP_COUNTER_BYTES * len(program.buckets),
     }
 

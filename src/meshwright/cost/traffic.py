@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from meshwright.cost.program import Collective, Op, Program, Under
+from meshwright.cost.ops import Collective, Op, Under
+from meshwright.cost.program import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ def step_collectives(program: Program, micro_batches: int) -> Iterator[tuple[Col
     for piece, repeat in program.pieces:
         for collective in (*collectives(piece.forward), *collectives(piece.backward)):
             yield collective, repeat * micro_batches
-    for collective in program.boundary:
+    for collective in (*program.boundary, *program.gathers[0], *program.gathers[1], *program.scatters):
         yield collective, micro_batches
     for collective in (*program.gradient_reductions, *program.step_end):
         yield collective, 1

@@ -153,6 +153,8 @@ class FlatBucket:
             return self.gradients
         if self._transient is None:
             self._transient = self.state.buffers.take(self.plan.numel, self.gradient_dtype, self.device)
+            for gap in self.plan.gaps:  # they count in the gradient norm
+                self._transient[gap].zero_()
         return self._transient
 
     def added(self) -> None:

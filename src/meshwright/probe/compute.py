@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from meshwright.cost.program import Attention
+from meshwright.cost.ops import Attention
 from meshwright.probe.window import call_rate, rank_device, rounded
 from meshwright.spec.cluster import AttentionPoint, MatmulPoint
 
@@ -59,7 +59,7 @@ def _attention_rates(qkv: tuple[Tensor, Tensor, Tensor], grad: Tensor, seconds: 
 
 def _attention_point(precision: str, length: int, heads: int, forwards: float, backwards: float) -> AttentionPoint:
     """From calls per second in each direction."""
-    flops = {b: Attention("", 1, heads, length, HEAD_DIM, window=None, backward=b).flops for b in (False, True)}
+    flops = {b: Attention("", 1, heads, length, HEAD_DIM, HEAD_DIM, window=None, backward=b).flops for b in (False, True)}
     return AttentionPoint(
         precision=precision,
         flops=flops[False],

@@ -40,6 +40,12 @@ class Bucket:
         return self.numel // self.cuts
 
     @property
+    def gaps(self) -> list[slice]:
+        """Elements that belong to no shard."""
+        ends = [offset + shard.numel for shard, offset in zip(self.shards, self.offsets, strict=True)]
+        return [slice(a, b) for a, b in zip(ends, (*self.offsets[1:], self.numel), strict=True) if a < b]
+
+    @property
     def decay(self) -> bool:
         return self.shards[0].decay
 

@@ -145,11 +145,8 @@ def _cut(model: Model, tp: int, parameter: Parameter, rank: int) -> tuple[Cut, .
 
 def _expert_cuts(split: Split, seat: Seat, parameter: Parameter) -> tuple[Cut, ...]:
     """Whole experts over ep, then inside each over etp."""
-    dims = {"expert_column": ((0, split.ep, seat.ep), (1, split.etp, seat.etp))}
-    dims["expert_row"] = (dims["expert_column"][0], (2, split.etp, seat.etp))
-    dims["expert"] = dims["expert_column"][:1]
-    return tuple(
-        (dim, index * (parameter.shape[dim] // parts), parameter.shape[dim] // parts)
-        for dim, parts, index in dims[parameter.role]
-        if parts > 1
-    )
+    parts = [(0, split.ep, seat.ep)]
+    if parameter.role != "expert":
+        parts.append((1 if parameter.role == "expert_column" else 2, split.etp, seat.etp))
+    lengths = [(dim, index, parameter.shape[dim] // count) for dim, count, index in parts if count > 1]
+    return tuple((dim, index * length, length) for dim, index, length in lengths)

@@ -1,0 +1,93 @@
+"""What a program is made of: operators and collectives, each with the sizes that its price depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
+
+
+@dataclass(frozen=True, slots=True)
+class Gemm:
+    """(m x k) by (k x n); with `groups`, that many products of m / groups rows each, of which each has its own matrix."""
+
+    name: str
+    m: int
+    n: int
+    k: int
+    groups: int = 1
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.m * self.n * self.k
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Fused causal attention over whole sequences of `length`, of which this rank computes 1 / `share` of the pairs.
+
+    Forward has two matrix products, backward five (FlashAttention-2, arXiv 2307.08691): with the scores recomputed, three have
+    the width of queries and keys, two that of values.
+    """
+
+    name: str
+    batch: int
+    heads: int
+    length: int
+    head_dim: int
+    value_dim: int
+    window: int | None
+    backward: bool
+    share: int = 1
+
+    @property
+    def flops(self) -> float:
+        """Of the entries under the causal (and window) mask only."""
+        span = min(self.window or self.length, self.length)
+        pairs = span * (self.length - span) + span * (span + 1) / 2
+        widths = 3 * self.head_dim + 2 * self.value_dim if self.backward else self.head_dim + self.value_dim
+        return 2.0 * self.batch * self.heads * pairs * widths / self.share
+
+
+@dataclass(frozen=True, slots=True)
+class Elementwise:
+    """Work bound by memory: `bytes` read and written."""
+
+    name: str
+    bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """`stride` is the distance in ranks between neighbours. `bytes` follows nccl-tests (see `parallel/ledger.py`)."""
+
+    axis: str
+    op: CollectiveOp
+    group_size: int
+    stride: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Under:
+    """A collective that runs while `work` is computed."""
+
+    collective: Collective
+    work: tuple[Gemm, ...]
+
+
+Op = Gemm | Attention | Elementwise | Collective | Under
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of the model (embedding, one layer, head) run for one micro-batch."""
+
+    name: str
+    forward: tuple[Op, ...]
+    backward: tuple[Op, ...]
+    saved_bytes: int
+    """Kept from forward for backward."""
+    working_bytes: int = 0
+    """The largest temporary of the piece."""

@@ -1,0 +1,274 @@
+"""The pieces of a model on one rank: embedding, layer, head. What each computes, saves and sends for one micro-batch.
+
+Formulas are the shapes of the operators themselves.
+
+Symbols: S tokens of a sequence, T tokens of a micro-batch on this rank (1/cp of them), t those that its norm regions hold
+(T/tp with sequence parallel), u those that it brings to the experts (always T/tp), D hidden size, q bytes of an activation element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from meshwright.cost.ops import Attention, Collective, CollectiveOp, Elementwise, Gemm, Op, Piece, Under
+from meshwright.spec.layout import Layout
+from meshwright.spec.model import Experts, LatentAttention, Model
+from meshwright.spec.precision import STATE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some consecutive operators, and the bytes that they keep for backward."""
+
+    forward: tuple[Op, ...]
+    backward: tuple[Op, ...]
+    saved: int
+
+
+@dataclass(slots=True)
+class Shapes:
+    """Local sizes of one rank."""
+
+    model: Model
+    layout: Layout
+    seq: int
+    T: int = field(init=False)
+    t: int = field(init=False)
+    u: int = field(init=False)
+    q: int = field(init=False)
+    heads: int = field(init=False)
+    kv_heads: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        layout = self.layout
+        self.T = layout.micro_batch * self.seq // layout.cp
+        self.u = self.T // layout.tp
+        self.t = self.u if layout.sp else self.T
+        self.q = STATE_BYTES[layout.precision].parameter
+        self.heads = self.model.heads // layout.tp
+        self.kv_heads = max(1, self.model.kv_heads // layout.tp)
+
+    @property
+    def residual_bytes(self) -> int:
+        """One hidden state in the norm regions."""
+        return self.t * self.model.hidden * self.q
+
+    @property
+    def norm(self) -> Elementwise:
+        return Elementwise("norm", 2 * self.residual_bytes)
+
+    @property
+    def norm_backward(self) -> Elementwise:
+        return Elementwise("norm", 4 * self.residual_bytes)
+
+    @property
+    def residual(self) -> Elementwise:
+        return Elementwise("residual", 3 * self.residual_bytes)
+
+    def tp(self, op: CollectiveOp, nbytes: int) -> list[Collective]:
+        layout = self.layout
+        return [Collective("tp", op, layout.tp, layout.stride("tp"), nbytes)] if layout.tp > 1 else []
+
+    def enter(self, width: int) -> list[Collective]:
+        """Into a column-parallel set that reads `width` features: sequence parallel gathers the tokens."""
+        return self.tp("all_gather", self.T * width * self.q) if self.layout.sp else []
+
+    def leave(self) -> list[Collective]:
+        """Out of a row-parallel linear: partial sums meet."""
+        return self.tp("reduce_scatter" if self.layout.sp else "all_reduce", self.T * self.model.hidden * self.q)
+
+
+def columns(s: Shapes, name: str, inner: int, widths: dict[str, int]) -> Part:
+    """Linears that read the same input of `inner` features, each with a share of its output features.
+
+    Backward gathers the input again under the dx products, and sums dx under the weight gradients. The input is kept by whoever
+    made it.
+    """
+    forward = [Gemm(f"{name}.{part}", s.T, width, inner) for part, width in widths.items()]
+    dx = tuple(Gemm(f"{name}.{part} dx", s.T, inner, width) for part, width in widths.items())
+    dw = tuple(Gemm(f"{name}.{part} dw", width, inner, s.T) for part, width in widths.items())
+    whole = s.T * inner * s.q
+    backward: tuple[Op, ...] = (*dx, *dw)
+    if s.layout.sp:
+        backward = (Under(s.tp("all_gather", whole)[0], dx), Under(s.tp("reduce_scatter", whole)[0], dw))
+    elif s.layout.tp > 1:
+        backward = (*dx, Under(s.tp("all_reduce", whole)[0], dw))
+    return Part((*s.enter(inner), *forward), backward, 0)
+
+
+def row(s: Shapes, name: str, width: int) -> Part:
+    """A linear with a share of its `width` input features, which it keeps."""
+    D = s.model.hidden
+    gather = s.tp("all_gather", s.T * D * s.q) if s.layout.sp else []
+    backward: tuple[Op, ...] = (*gather, Gemm(f"{name} dx", s.T, width, D), Gemm(f"{name} dw", D, width, s.T))
+    return Part((Gemm(name, s.T, D, width), *s.leave()), backward, s.T * width * s.q)
+
+
+def whole_linear(s: Shapes, name: str, tokens: int, inner: int, width: int) -> Part:
+    """A linear that every tp rank holds whole."""
+    dx, dw = Gemm(f"{name} dx", tokens, inner, width), Gemm(f"{name} dw", width, inner, tokens)
+    return Part((Gemm(name, tokens, width, inner),), (dx, dw), 0)
+
+
+@lru_cache(maxsize=512)
+def layer_piece(model: Model, layout: Layout, seq: int, window: int | None, moe: bool = False) -> Piece:
+    """One transformer layer on one rank."""
+    s = Shapes(model, layout, seq)
+    attention = heads(s, window) if model.latent is None else latent(s, model.latent, window)
+    mlp = experts(s, model.experts) if moe and model.experts else gated_mlp(s, "mlp", model.ffn // layout.tp)
+    forward = (s.norm, *attention.forward, s.residual, s.norm, *mlp.forward, s.residual)
+    backward = (*mlp.backward, s.norm_backward, *attention.backward, s.norm_backward)
+    saved = 4 * s.residual_bytes + attention.saved + mlp.saved
+    if layout.recompute == "full":
+        return Piece("layer", forward, (*_up_to_last_product(forward), *backward), s.residual_bytes, working_bytes=saved)
+    return Piece("layer", forward, backward, saved)
+
+
+def heads(s: Shapes, window: int | None) -> Part:
+    """Grouped-query attention."""
+    model = s.model
+    q_width, kv_width = s.heads * model.head_dim, s.kv_heads * model.head_dim
+    qkv = columns(s, "attention.qkv", model.hidden, {"q": q_width, "k": kv_width, "v": kv_width})
+    rotary = Elementwise("rotary", 4 * (q_width + kv_width) * s.T * s.q if model.rope else 0)
+    core = attention_core(s, model.head_dim, model.head_dim, window)
+    out = row(s, "attention.out", q_width)
+    saved = (q_width + 2 * kv_width) * s.T * s.q
+    return Part(
+        (*qkv.forward, rotary, *core.forward, *out.forward),
+        (*out.backward, *core.backward, rotary, *qkv.backward),
+        qkv.saved + saved + core.saved + out.saved,
+    )
+
+
+def latent(s: Shapes, latent: LatentAttention, window: int | None) -> Part:
+    """Multi-head latent attention (arXiv 2405.04434, section 2.1). The down-projections are whole on every tp rank; sequence
+    parallel gathers their narrow outputs instead of the hidden states."""
+    D = s.model.hidden
+    queries = s.heads * (latent.nope_dim + latent.rope_dim)
+    keys_values = s.heads * (latent.nope_dim + latent.value_dim)
+    kv_down = whole_linear(s, "attention.kv_down", s.t, D, latent.kv_rank + latent.rope_dim)
+    kv_up = columns(s, "attention", latent.kv_rank, {"kv_up": keys_values})
+    narrow = (latent.kv_rank + latent.rope_dim) * s.t * s.q
+    saved = 2 * narrow
+    if latent.q_rank is None:
+        q = columns(s, "attention", D, {"q": queries})
+    else:
+        down, up = (
+            whole_linear(s, "attention.q_down", s.t, D, latent.q_rank),
+            columns(s, "attention", latent.q_rank, {"q_up": queries}),
+        )
+        q = Part((*down.forward, *up.forward), (*up.backward, *down.backward), 0)
+        saved += 2 * latent.q_rank * s.t * s.q
+    shared_key = s.tp("all_gather", s.T * latent.rope_dim * s.q) if s.layout.sp else []
+    shared_key_back = s.tp("reduce_scatter" if s.layout.sp else "all_reduce", s.T * latent.rope_dim * s.q)
+    rotary = Elementwise("rotary", 4 * s.heads * latent.rope_dim * s.T * s.q)
+    core = attention_core(s, latent.nope_dim + latent.rope_dim, latent.value_dim, window)
+    out = row(s, "attention.out", s.heads * latent.value_dim)
+    qkv_saved = (2 * queries + s.heads * latent.value_dim) * s.T * s.q
+    return Part(
+        (*q.forward, *kv_down.forward, *shared_key, *kv_up.forward, rotary, *core.forward, *out.forward),
+        (*out.backward, *core.backward, rotary, *kv_up.backward, *shared_key_back, *kv_down.backward, *q.backward),
+        saved + qkv_saved + core.saved + out.saved,
+    )
+
+
+def attention_core(s: Shapes, head_dim: int, value_dim: int, window: int | None) -> Part:
+    """Between projections: fused attention, and what context parallelism sends for it (`parallel/context.py`).
+
+    Queries, keys and values are kept by whoever made them, the output by the linear that reads it.
+    """
+    layout = s.layout
+    op = (layout.micro_batch, s.heads, s.seq, head_dim, value_dim, window)
+    forward = Attention("attention", *op, backward=False, share=layout.cp)
+    backward = Attention("attention", *op, backward=True, share=layout.cp)
+    log_sum_exp = s.T * s.heads * 4
+    again = (forward,) if layout.recompute == "selective" else ()
+    return Part((forward,), (*again, backward), 0 if again else log_sum_exp)
+
+
+def gated_mlp(s: Shapes, name: str, ffn: int) -> Part:
+    """Up (and gate), activation, down, with `ffn` hidden units on this rank."""
+    gated = s.model.gated
+    up = columns(s, f"{name}.gate_up", s.model.hidden, dict.fromkeys(("gate", "up") if gated else ("up",), ffn))
+    down = row(s, f"{name}.down", ffn)
+    io = (5 if gated else 2) * ffn * s.T * s.q
+    saved = (3 if gated else 1) * ffn * s.T * s.q
+    return Part(
+        (*up.forward, Elementwise("activation", io), *down.forward),
+        (*down.backward, Elementwise("activation", 1.5 * io), *up.backward),
+        saved + down.saved,
+    )
+
+
+def experts(s: Shapes, experts: Experts) -> Part:
+    """Router, dispatch, the experts' products on balanced rows, combine, and the shared expert (`parallel/expert.py`)."""
+    model, layout, D = s.model, s.layout, s.model.hidden
+    ranks = layout.ep * layout.etp
+    rows, held, ffn = s.u * experts.top_k * layout.etp, experts.count // layout.ep, experts.ffn // layout.etp
+
+    def all_to_all(nbytes: int) -> list[Collective]:
+        return [Collective("ep", "all_to_all", ranks, 1, nbytes)] if ranks > 1 else []
+
+    travel = all_to_all(rows * D * s.q)
+    parts = ("gate", "up") if model.gated else ("up",)
+    router = whole_linear(s, "moe.router", s.u, D, experts.count)
+    up = [Gemm(f"moe.experts.{part}", rows, ffn, D, held) for part in parts]
+    down = Gemm("moe.experts.down", rows, D, ffn, held)
+    io = Elementwise("activation", (5 if model.gated else 2) * ffn * rows * s.q)
+    permute = Elementwise("permute", 4 * rows * D * s.q)
+    up_back = [back for part in parts for back in _grouped_backward(f"moe.experts.{part}", rows, ffn, D, held)]
+    down_back = _grouped_backward("moe.experts.down", rows, D, ffn, held)
+    outputs = s.tp("all_gather", s.T * D * s.q) if not layout.sp else []
+    shared = gated_mlp(s, "moe.shared", experts.shared_ffn // layout.tp) if experts.shared_ffn else Part((), (), 0)
+    forward = (
+        *router.forward, *all_to_all(experts.count * layout.etp * 8), permute, *travel, *up, io, down, *travel, permute, *outputs,
+        *shared.forward,
+    )  # fmt: skip
+    backward = (
+        *shared.backward, permute, *travel, *down_back, Elementwise("activation", 1.5 * io.bytes), *up_back, *travel, permute,
+        *router.backward, *outputs,
+    )  # fmt: skip
+    hidden = (4 if model.gated else 2) * ffn * rows * s.q
+    saved = hidden + 2 * rows * D * s.q + s.u * experts.count * 4 + shared.saved
+    return Part(forward, backward, saved)
+
+
+def _grouped_backward(name: str, rows: int, width: int, inner: int, groups: int) -> tuple[Gemm, Gemm]:
+    each = -(-rows // groups)
+    return Gemm(f"{name} dx", rows, inner, width, groups), Gemm(f"{name} dw", width * groups, inner, each, groups)
+
+
+@lru_cache(maxsize=512)
+def embedding_piece(model: Model, layout: Layout, seq: int) -> Piece:
+    """Token (and position) lookup; its weight gradient is scattered row by row."""
+    s = Shapes(model, layout, seq)
+    whole = s.T * model.hidden * s.q
+    forward: tuple[Op, ...] = (Elementwise("lookup", 2 * whole), *s.leave())
+    gather = s.tp("all_gather", whole) if layout.sp else []
+    return Piece("embedding", forward, (*gather, Elementwise("lookup", 3 * whole)), s.T * 8)
+
+
+@lru_cache(maxsize=512)
+def head_piece(model: Model, layout: Layout, seq: int, tp_rank: int) -> Piece:
+    """Final norm, output head and loss. The logits are turned to fp32 (or stay fp64) and kept as a softmax."""
+    s = Shapes(model, layout, seq)
+    share = -(-model.vocab // layout.tp)
+    vocab = min(share, model.vocab - tp_rank * share)
+    exact = max(4, s.q)
+    logits = s.T * vocab
+    loss = s.tp("all_reduce", s.T * exact) + s.tp("all_reduce", 2 * s.T * exact)
+    head = columns(s, "head", model.hidden, {"weight": vocab})
+    forward: tuple[Op, ...] = (s.norm, *head.forward, Elementwise("loss", logits * (s.q + 4 * exact)), *loss)
+    backward: tuple[Op, ...] = (Elementwise("loss", logits * (2 * exact + s.q)), *head.backward, s.norm_backward)
+    saved = 2 * s.residual_bytes + logits * exact
+    return Piece("head", forward, backward, saved, working_bytes=logits * (exact + s.q))
+
+
+def _up_to_last_product(forward: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Full recompute runs the layer again up to the last tensor that backward needs: the input of the last product.
+
+    The sum after it is not repeated (PyTorch's checkpoint stops early), nor is that product.
+    """
+    last = max(i for i, op in enumerate(forward) if isinstance(op, Gemm))
+    return forward[:last]
