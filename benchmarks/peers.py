@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -97,6 +98,8 @@ CASES = (
     Case("dp2", "dp2 mb1 fp32", 1, "DistributedDataParallel", 1.0),
     Case("pp2:1f1b, 4 micro-batches", "pp2:1f1b mb1 fp32", 4, "Schedule1F1B", 1.05),
     Case("pp2:1f1b, 8 micro-batches", "pp2:1f1b mb1 fp32", 8, "Schedule1F1B", 1.05),
+    Case("dp2:zero2", "dp2:zero2 mb1 fp32", 1, "fully_shard, kept after forward", 1.0),
+    Case("dp2:zero3", "dp2:zero3 mb1 fp32", 1, "fully_shard", 1.0),
 )
 
 
@@ -135,10 +138,13 @@ def ours(case: Case, batch: Batch) -> tuple[Side, Engine]:
     workload = Workload(SEQ, layout.dp * case.micro_batches)
     engine = apply(MODEL, workload, build_mesh(layout, MODEL, torch.device("cpu")), initial_shard)
 
-    def gradients() -> dict[str, Tensor]:
-        return {name: view for bucket in engine.state.buckets for name, view in bucket.views(bucket.gradients)}
+    def step() -> Tensor:
+        loss = engine.gradients(batch) / layout.tp
+        if layout.zero:
+            engine.state.publish()
+        return loss
 
-    return Side(lambda: engine.gradients(batch) / layout.tp, gradients), engine
+    return Side(step, lambda: {shard.name: gradient for shard, gradient in engine.state.whole_gradients()}), engine
 
 
 def tensor_parallel_peer(case: Case, batch: Batch) -> Side:
@@ -214,10 +220,29 @@ def pipeline_peer(case: Case, batch: Batch) -> Side:
     return Side(step, lambda: gradients_of(decoder))
 
 
+def sharded_peer(case: Case, batch: Batch) -> Side:
+    decoder = initialised(Decoder(MODEL))
+    reshard = case.peer == "fully_shard"
+    for layer in decoder.layers.values():
+        fully_shard(layer, reshard_after_forward=reshard)
+    fully_shard(decoder, reshard_after_forward=reshard)
+    ((tokens, labels),) = batch
+
+    def step() -> Tensor:
+        decoder.zero_grad()
+        loss = F.cross_entropy(decoder(tokens).flatten(0, 1), labels.flatten())
+        loss.backward()
+        return loss.detach() / RANKS
+
+    return Side(step, lambda: {name: whole(gradient) for name, gradient in gradients_of(decoder).items()})
+
+
 PEERS = {
     "parallelize_module": tensor_parallel_peer,
     "DistributedDataParallel": data_parallel_peer,
     "Schedule1F1B": pipeline_peer,
+    "fully_shard": sharded_peer,
+    "fully_shard, kept after forward": sharded_peer,
 }
 
 
@@ -349,18 +374,18 @@ def write(path: Path, results: list[Result], about: dict[str, str | int]) -> Non
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repetitions", type=int, default=15, help="pairs of timed steps, at least 2")
-    parser.add_argument("--cases", default="tp2,dp2,pp2", help="comma-separated; tp2 and pp2 are two cases each")
+    parser.add_argument("--cases", default=",".join(FAMILIES), help="comma-separated; all but dp2 are several cases each")
     parser.add_argument("--json", type=Path, help="write raw times here")
     options = parser.parse_args(arguments)
     wanted = tuple(options.cases.split(","))
-    if unknown := set(wanted) - {"tp2", "dp2", "pp2"}:
-        parser.error(f"unknown cases {', '.join(sorted(unknown))}; legal: tp2, dp2, pp2")
+    if unknown := set(wanted) - set(FAMILIES):
+        parser.error(f"unknown cases {', '.join(sorted(unknown))}; legal: {', '.join(FAMILIES)}")
     if options.repetitions < 2:
         parser.error(f"a spread needs at least 2 repetitions, got {options.repetitions}")
     about = environment()
     pool = RankPool()
     try:
-        results = [run_case(pool, case, options.repetitions) for case in CASES if case.layout.startswith(wanted)]
+        results = [run_case(pool, case, options.repetitions) for case in CASES if case.family in wanted]
     finally:
         pool.close()
     show(results, about)

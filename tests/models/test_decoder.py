@@ -23,17 +23,14 @@ from their_models import (
     token_ids,
 )
 
-from meshwright.models.decoder import Decoder, Rotary, cross_entropy
+from meshwright.models.decoder import Decoder, cross_entropy
+from meshwright.models.rotary import Rotary
 from meshwright.spec.huggingface import catalogue_models, load_model
-from meshwright.spec.legality import refuse_unbuilt_model
 from meshwright.spec.model import Model, Rope
 from meshwright.spec.parameters import parameters
 
 TOLERANCE = 1e-5
 """Largest absolute difference of a logit in fp32; never to be relaxed."""
-
-DENSE = [name for name in catalogue_models() if load_model(name).dense]
-SPARSE = [name for name in catalogue_models() if not load_model(name).dense]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -105,7 +102,7 @@ def test_a_decoder_that_was_evaluated_can_be_trained(tmp_path: Path) -> None:
 
 def test_rotary_tables_are_kept_for_the_longest_length_only() -> None:
     """A generation asks for every length in turn."""
-    rotary = Rotary(Rope(), head_dim=8)
+    rotary = Rotary(Rope(), dims=8)
     device = torch.device("cpu")
     tables = [rotary.table(length, device, torch.float32) for length in (5, 9, 3)]
     assert [cos.shape[0] for cos, _ in tables] == [5, 9, 3]
@@ -117,7 +114,7 @@ def test_rotary_tables_are_kept_for_the_longest_length_only() -> None:
 # --- the same names
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", catalogue_models())
 def test_the_decoder_has_the_parameters_that_spec_lists(name: str) -> None:
     compare_names(load_model(name))
 
@@ -129,22 +126,16 @@ def test_small_decoders_have_the_parameters_that_spec_lists(saved: Saved) -> Non
 def compare_names(model: Model) -> None:
     with torch.device("meta"):
         found = [(name, tuple(p.shape)) for name, p in Decoder(model).named_parameters()]
-    assert found == [(p.name, p.shape) for p in parameters(model)]
+    expected = [(p.name, p.shape) for p in parameters(model)]
+    if model.sinks:  # which PyTorch lists before the parameters of submodules
+        found, expected = sorted(found), sorted(expected)
+    assert found == expected
 
 
 # --- refusals
 
 
-@pytest.mark.parametrize("name", SPARSE)
-def test_what_is_not_built_is_refused(name: str) -> None:
-    """Mixture of experts, latent attention, attention sinks."""
-    model = load_model(name)
-    said = message(Decoder, model)
-    assert said.startswith(f"{name} ({model.family}): ")
-    assert said == message(refuse_unbuilt_model, model)
-
-
-@pytest.mark.parametrize("rule", ["yarn", "linear", "dynamic", "longrope"])
+@pytest.mark.parametrize("rule", ["linear", "dynamic", "longrope"])
 def test_rotary_rules_that_are_only_named_are_refused(rule: str) -> None:
     model = replace(load_model("llama-tiny"), rope=Rope(scaling=rule))
-    assert message(Decoder, model) == f"llama-tiny: rotary scaling '{rule}' is not built yet; legal: none, llama3"
+    assert message(Decoder, model) == f"llama-tiny: rotary scaling '{rule}' is not built yet; legal: none, llama3, yarn"

@@ -14,8 +14,9 @@ from their_models import CASES, Saved, load_ours, message, save_ours, save_their
 from torch import Tensor
 
 from meshwright.models.decoder import Decoder
-from meshwright.models.huggingface import SafetensorsReader, their_name
-from meshwright.spec.huggingface import load_model
+from meshwright.models.huggingface import SafetensorsReader
+from meshwright.models.names import their_name
+from meshwright.models.routing import buffer_shapes
 from meshwright.spec.model import Model
 from meshwright.spec.parameters import parameters
 
@@ -29,7 +30,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 def weights(model: Model, path: Path) -> dict[str, Tensor]:
     reader = SafetensorsReader(model, path)
-    return {p.name: reader.read(p.name) for p in parameters(model)}
+    return {name: reader.read(name) for name in [*(p.name for p in parameters(model)), *buffer_shapes(model)]}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -40,7 +41,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # --- files
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "llama 2", "qwen3 tied"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama 2", "qwen3 tied", "mixtral", "deepseek v3", "gpt-oss"])
 def test_shards_hold_what_one_file_holds(name: str, tmp_path: Path) -> None:
     whole = save_theirs(CASES[name], tmp_path / "whole")
     save_theirs(CASES[name], tmp_path / "shards", **SHARDED)
@@ -196,6 +197,37 @@ def test_a_save_under_the_name_of_a_file(llama: Saved, tmp_path: Path) -> None:
 
 
 def test_weights_of_other_families_cannot_be_read_yet(llama: Saved) -> None:
-    model = load_model("mixtral-8x7b")
+    model = replace(llama.model, family="phi")
     said = message(SafetensorsReader, model, llama.directory)
-    assert said.startswith("mixtral checkpoints cannot be read yet; legal: gpt2, opt, llama")
+    assert said.startswith("phi checkpoints cannot be read yet; legal: gpt2, opt, llama")
+
+
+def test_an_expert_of_another_shape(tmp_path: Path) -> None:
+    """Stacking would fail, or with all of them wrong the stack would."""
+    saved = save_theirs(CASES["mixtral"], tmp_path)
+    state, key = load_file(tmp_path / "model.safetensors"), "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+    save_file(state | {key: torch.zeros(48, 87)}, tmp_path / "model.safetensors")
+    said = message(SafetensorsReader(saved.model, tmp_path).read, "layers.0.moe.experts.down.weight")
+    assert key in said
+    assert "(48, 87)" in said
+    assert "(48, 88)" in said
+
+
+def test_an_expert_that_is_missing(tmp_path: Path) -> None:
+    saved = save_theirs(CASES["qwen3 moe"], tmp_path)
+    state, key = load_file(tmp_path / "model.safetensors"), "model.layers.2.mlp.experts.5.up_proj.weight"
+    del state[key]
+    save_file(state, tmp_path / "model.safetensors")
+    said = message(SafetensorsReader(saved.model, tmp_path).read, "layers.2.moe.experts.gate_up.up.weight")
+    assert f"no tensor {key}" in said
+
+
+def test_blocks_of_four_bits_are_refused(tmp_path: Path) -> None:
+    """As the published GPT-OSS has."""
+    saved = save_theirs(CASES["gpt-oss"], tmp_path)
+    key = "model.layers.0.mlp.experts.down_proj"
+    state = load_file(tmp_path / "model.safetensors")
+    state[f"{key}_blocks"] = state.pop(key).to(torch.uint8)
+    save_file(state, tmp_path / "model.safetensors")
+    said = message(SafetensorsReader(saved.model, tmp_path).read, "layers.0.moe.experts.down.weight")
+    assert f"{key} is stored in MXFP4 blocks" in said

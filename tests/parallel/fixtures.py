@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from meshwright.spec.model import Model, Rope
+from meshwright.spec.model import Experts, LatentAttention, Model, Rope
 from meshwright.spec.workload import Workload
 
 WORKLOAD = Workload(seq=16, global_batch=8)
@@ -22,6 +22,31 @@ GPT2 = Model(
         "qkv_bias": True, "out_bias": True, "mlp_bias": True, "tied": True, "windows": (None, 8, None, 8),
     },
 )  # fmt: skip
+_MOE = {**_LLAMA, "family": "mixtral", "moe_layers": (0, 1, 2, 3), "experts": Experts(count=4, top_k=2, ffn=24)}
+MIXTRAL = Model(name="mixtral-like", **_MOE)
+QWEN_MOE = Model(
+    name="qwen3-moe-like",
+    **{**_MOE, "family": "qwen3_moe", "qk_norm": True, "tied": True, "moe_layers": (1, 3), "experts": Experts(count=8, top_k=3, ffn=16)},
+)
+DEEPSEEK = Model(
+    name="deepseek-v3-like",
+    **{
+        **_MOE, "family": "deepseek_v3", "kv_heads": 8, "head_dim": 6, "moe_layers": (1, 2, 3),
+        "latent": LatentAttention(q_rank=12, kv_rank=8, nope_dim=4, rope_dim=2, value_dim=4),
+        "experts": Experts(
+            count=8, top_k=2, ffn=16, shared_ffn=16, selection_bias=True, score="sigmoid", scale=2.5, groups=4, top_groups=2
+        ),
+    },
+)  # fmt: skip
+GPT_OSS = Model(
+    name="gpt-oss-like",
+    **{
+        **_MOE, "family": "gpt_oss", "sinks": True, "activation": "swiglu_oai", "qkv_bias": True, "out_bias": True,
+        "windows": (8, None, 8, None), "experts": Experts(count=4, top_k=2, ffn=16, bias=True, router_bias=True),
+    },
+)  # fmt: skip
+SPARSE = {model.name: model for model in (MIXTRAL, QWEN_MOE, DEEPSEEK, GPT_OSS)}
+"""A mixture of experts in every layer or in some, with shared experts, latent attention, groups, sinks and biases."""
 MODELS = {model.name: model for model in (UNTIED, TIED, FEW_KV_HEADS, QK_NORM, GPT2)}
 """The vocabulary of 101 divides by nothing; `few-kv-heads` and `qk-norm` have one key-value head for any tp."""
 

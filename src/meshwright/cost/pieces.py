@@ -146,31 +146,34 @@ def latent(s: Shapes, latent: LatentAttention, window: int | None) -> Part:
     parallel gathers their narrow outputs instead of the hidden states."""
     D = s.model.hidden
     queries = s.heads * (latent.nope_dim + latent.rope_dim)
-    keys_values = s.heads * (latent.nope_dim + latent.value_dim)
-    kv_down = whole_linear(s, "attention.kv_down", s.t, D, latent.kv_rank + latent.rope_dim)
-    kv_up = columns(s, "attention", latent.kv_rank, {"kv_up": keys_values})
-    narrow = (latent.kv_rank + latent.rope_dim) * s.t * s.q
-    saved = 2 * narrow
+    kv_width = latent.kv_rank + latent.rope_dim
+    kv_down = shared_down(s, "attention.kv_down", D, kv_width)
+    kv_up = whole_linear(s, "attention.kv_up", s.T, latent.kv_rank, s.heads * (latent.nope_dim + latent.value_dim))
+    saved = (kv_width + latent.kv_rank) * s.T * s.q
     if latent.q_rank is None:
         q = columns(s, "attention", D, {"q": queries})
     else:
-        down, up = (
-            whole_linear(s, "attention.q_down", s.t, D, latent.q_rank),
-            columns(s, "attention", latent.q_rank, {"q_up": queries}),
-        )
+        down = shared_down(s, "attention.q_down", D, latent.q_rank)
+        up = whole_linear(s, "attention.q_up", s.T, latent.q_rank, queries)
         q = Part((*down.forward, *up.forward), (*up.backward, *down.backward), 0)
-        saved += 2 * latent.q_rank * s.t * s.q
-    shared_key = s.tp("all_gather", s.T * latent.rope_dim * s.q) if s.layout.sp else []
-    shared_key_back = s.tp("reduce_scatter" if s.layout.sp else "all_reduce", s.T * latent.rope_dim * s.q)
+        saved += 2 * latent.q_rank * s.T * s.q
     rotary = Elementwise("rotary", 4 * s.heads * latent.rope_dim * s.T * s.q)
     core = attention_core(s, latent.nope_dim + latent.rope_dim, latent.value_dim, window)
     out = row(s, "attention.out", s.heads * latent.value_dim)
     qkv_saved = (2 * queries + s.heads * latent.value_dim) * s.T * s.q
     return Part(
-        (*q.forward, *kv_down.forward, *shared_key, *kv_up.forward, rotary, *core.forward, *out.forward),
-        (*out.backward, *core.backward, rotary, *kv_up.backward, *shared_key_back, *kv_down.backward, *q.backward),
+        (*q.forward, *kv_down.forward, *kv_up.forward, rotary, *core.forward, *out.forward),
+        (*out.backward, *core.backward, rotary, *kv_up.backward, *kv_down.backward, *q.backward),
         saved + qkv_saved + core.saved + out.saved,
     )
+
+
+def shared_down(s: Shapes, name: str, inner: int, width: int) -> Part:
+    """A linear whole on every tp rank, whose output each uses for its heads."""
+    own = whole_linear(s, name, s.t, inner, width)
+    gather = s.tp("all_gather", s.T * width * s.q) if s.layout.sp else []
+    back = s.tp("reduce_scatter" if s.layout.sp else "all_reduce", s.T * width * s.q)
+    return Part((*own.forward, *gather), (*back, *own.backward), 0)
 
 
 def attention_core(s: Shapes, head_dim: int, value_dim: int, window: int | None) -> Part:

@@ -61,17 +61,39 @@ class AttentionCore(nn.Module):
         super().__init__()
         self.window, self.scale = window, scale
 
-    def forward(self, q_BHLC: Tensor, k_BKLC: Tensor, v_BKLE: Tensor, where: Where, sinks_H: Tensor | None = None) -> Tensor:
+    def forward(
+        self, q_BHLC: Tensor, k_BKLC: Tensor, v_BKLE: Tensor, where: Where, sinks_H: Tensor | None = None
+    ) -> Tensor:
         """Returns y_BHLE. `sinks_H`: a logit for each head that takes part in the softmax and carries no value."""
-        assert sinks_H is None, "attention sinks are not built yet"
         grouped = q_BHLC.shape[1] != k_BKLC.shape[1]
-        length = q_BHLC.shape[2]
-        plain = where.documents_BS is None and (self.window is None or self.window >= length)
+        length, width, out_width = q_BHLC.shape[2], q_BHLC.shape[3], v_BKLE.shape[3]
+        scale = width**-0.5 if self.scale is None else self.scale
+        plain = where.documents_BS is None and (self.window is None or self.window >= length) and sinks_H is None
         mask = None
         if not plain:
             here = where.positions(length, q_BHLC.device)
             documents = where.documents(here)
             mask = visible(here, here, self.window, documents, documents)
-        return F.scaled_dot_product_attention(
-            q_BHLC, k_BKLC, v_BKLE, attn_mask=mask, is_causal=plain, scale=self.scale, enable_gqa=grouped
+        if sinks_H is not None:
+            q_BHLC, k_BKLC, v_BKLE = with_sink_key(q_BHLC, k_BKLC, v_BKLE, sinks_H / scale)
+            mask = F.pad(mask, (1, 0), value=True)
+        narrower = q_BHLC.shape[3] - v_BKLE.shape[3]
+        if narrower > 0 and q_BHLC.device.type == "cpu":  # whose fused kernel wants keys and values of one width
+            v_BKLE = F.pad(v_BKLE, (0, narrower))
+        y_BHLE = F.scaled_dot_product_attention(
+            q_BHLC, k_BKLC, v_BKLE, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=grouped
         )
+        return y_BHLE[..., :out_width]
+
+
+def with_sink_key(q_BHLC: Tensor, k_BKLC: Tensor, v_BKLE: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sink as one more key, the first, whose value is zero, so that any fused kernel serves.
+
+    One more dim makes its score: the sink itself in the queries of its head, 1 in the new key, 0 in all others. `sinks_H` is to
+    be divided by the scale. Seven dims of zeros follow, for kernels that want multiples of eight.
+    """
+    sinks_BHL1 = sinks_H.to(q_BHLC.dtype).view(1, -1, 1, 1).expand(*q_BHLC.shape[:3], 1)
+    key_BK1C = F.pad(k_BKLC.new_ones(*k_BKLC.shape[:2], 1, 1), (k_BKLC.shape[3], 7))
+    q_BHLC = torch.cat((q_BHLC, F.pad(sinks_BHL1, (0, 7))), dim=-1)
+    k_BKLC = torch.cat((key_BK1C, F.pad(k_BKLC, (0, 8))), dim=2)
+    return q_BHLC, k_BKLC, F.pad(v_BKLE, (0, 0, 1, 0))

@@ -1,13 +1,8 @@
-"""Hugging Face safetensors in and out, for the dense families.
-
-Each family is a table from our parameter names to theirs. GPT-2 keeps its linears transposed (Conv1D) and its q, k and v
-in one matrix; everything else is a rename.
-"""
+"""Hugging Face safetensors in and out: files and their errors. `models/names.py` has the names of each family."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,59 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from meshwright.models.names import check_family, from_theirs, their_name, to_theirs
+from meshwright.models.routing import buffer_shapes
 from meshwright.spec.errors import UserError
 from meshwright.spec.files import fsync
 from meshwright.spec.model import Model
 from meshwright.spec.parameters import parameters
 
-_LLAMA = {
-    r"embedding\.tokens\.weight": r"model.embed_tokens.weight",
-    r"layers\.(\d+)\.attention_norm\.weight": r"model.layers.\1.input_layernorm.weight",
-    r"layers\.(\d+)\.attention\.qkv\.([qkv])\.(\w+)": r"model.layers.\1.self_attn.\2_proj.\3",
-    r"layers\.(\d+)\.attention\.([qk])_norm\.weight": r"model.layers.\1.self_attn.\2_norm.weight",
-    r"layers\.(\d+)\.attention\.out\.(\w+)": r"model.layers.\1.self_attn.o_proj.\2",
-    r"layers\.(\d+)\.mlp_norm\.weight": r"model.layers.\1.post_attention_layernorm.weight",
-    r"layers\.(\d+)\.mlp\.gate_up\.(gate|up)\.(\w+)": r"model.layers.\1.mlp.\2_proj.\3",
-    r"layers\.(\d+)\.mlp\.down\.(\w+)": r"model.layers.\1.mlp.down_proj.\2",
-    r"norm\.weight": r"model.norm.weight",
-    r"head\.weight": r"lm_head.weight",
-}
-_OPT = {
-    r"embedding\.tokens\.weight": r"model.decoder.embed_tokens.weight",
-    r"embedding\.positions\.weight": r"model.decoder.embed_positions.weight",
-    r"layers\.(\d+)\.attention_norm\.(\w+)": r"model.decoder.layers.\1.self_attn_layer_norm.\2",
-    r"layers\.(\d+)\.attention\.qkv\.([qkv])\.(\w+)": r"model.decoder.layers.\1.self_attn.\2_proj.\3",
-    r"layers\.(\d+)\.attention\.out\.(\w+)": r"model.decoder.layers.\1.self_attn.out_proj.\2",
-    r"layers\.(\d+)\.mlp_norm\.(\w+)": r"model.decoder.layers.\1.final_layer_norm.\2",
-    r"layers\.(\d+)\.mlp\.gate_up\.up\.(\w+)": r"model.decoder.layers.\1.fc1.\2",
-    r"layers\.(\d+)\.mlp\.down\.(\w+)": r"model.decoder.layers.\1.fc2.\2",
-    r"norm\.(\w+)": r"model.decoder.final_layer_norm.\1",
-    r"head\.weight": r"lm_head.weight",
-}
-_GPT2 = {
-    r"embedding\.tokens\.weight": r"transformer.wte.weight",
-    r"embedding\.positions\.weight": r"transformer.wpe.weight",
-    r"layers\.(\d+)\.attention_norm\.(\w+)": r"transformer.h.\1.ln_1.\2",
-    r"layers\.(\d+)\.attention\.qkv\.([qkv])\.(\w+)": r"transformer.h.\1.attn.c_attn.\3#\2",
-    r"layers\.(\d+)\.attention\.out\.(\w+)": r"transformer.h.\1.attn.c_proj.\2",
-    r"layers\.(\d+)\.mlp_norm\.(\w+)": r"transformer.h.\1.ln_2.\2",
-    r"layers\.(\d+)\.mlp\.gate_up\.up\.(\w+)": r"transformer.h.\1.mlp.c_fc.\2",
-    r"layers\.(\d+)\.mlp\.down\.(\w+)": r"transformer.h.\1.mlp.c_proj.\2",
-    r"norm\.(\w+)": r"transformer.ln_f.\1",
-    r"head\.weight": r"lm_head.weight",
-}
-_FAMILIES = {"gpt2": _GPT2, "opt": _OPT} | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA)
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Narrower ones have scales in tensors of their own, and are not the weights without them."""
-_CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
-
-
-def their_name(model: Model, name: str) -> str:
-    """The checkpoint's name of our parameter `name`; a `#q`, `#k`, `#v` suffix means a third of that tensor."""
-    for ours, theirs in _table(model).items():
-        if match := re.fullmatch(ours, name):
-            return match.expand(theirs)
-    raise UserError(f"{model.family} checkpoints have no tensor for {name}")
 
 
 class SafetensorsReader:
@@ -80,55 +31,76 @@ class SafetensorsReader:
     """
 
     def __init__(self, model: Model, path: Path):
-        _table(model)
+        check_family(model)
         self.model, self.path = model, path
-        self._shapes = {parameter.name: parameter.shape for parameter in parameters(model)}
+        self._shapes = {parameter.name: parameter.shape for parameter in parameters(model)} | buffer_shapes(model)
         self._where: dict[str, Path] = {}
         for file in _weight_files(path):
             with _opened(file) as opened:
                 self._where.update(dict.fromkeys(opened.keys(), file))
 
     def read(self, name: str) -> Tensor:
-        """The whole parameter under our name, in the checkpoint's dtype."""
+        """The whole parameter (or buffer) under our name, in the checkpoint's dtype."""
         if name not in self._shapes:
             raise UserError(f"{self.model.name} has no parameter {name}")
-        key, _, third = their_name(self.model, name).partition("#")
-        key = self._present(key)
-        with _opened(self._where[key]) as opened:
-            tensor = opened.get_tensor(key)
-        if tensor.dtype not in _DTYPES:
-            legal = ", ".join(map(str, _DTYPES))
-            raise UserError(f"{self.path}: {key} is stored as {tensor.dtype}, which is not built yet; legal: {legal}")
-        if _CONV1D.search(key):
-            tensor = tensor.t()
-        if third:
-            tensor = tensor.chunk(3)["qkv".index(third)]
+        key, _, part = their_name(self.model, name).partition("#")
+        if "*" in key:
+            tensor = self._stack([key.replace("*", str(i)) for i in range(self._shapes[name][0])], self._shapes[name][1:])
+        else:
+            (tensor,) = self._stored([key])
+        tensor = from_theirs(key, tensor, part)
         # Whoever cuts the tensor for a rank, or copies it with broadcasting, would not notice.
         if tensor.shape != self._shapes[name]:
             shape, expected = tuple(tensor.shape), self._shapes[name]
             raise UserError(f"{self.path}: {key} gives {name} the shape {shape}, {self.model.name} has {expected}")
         return tensor.contiguous()
 
+    def _stack(self, keys: list[str], shape: tuple[int, ...]) -> Tensor:
+        stored = self._stored(keys)
+        for key, tensor in zip(keys, stored, strict=True):
+            if tensor.shape != shape:
+                raise UserError(
+                    f"{self.path}: {key} has the shape {tuple(tensor.shape)}, an expert of {self.model.name} has {shape}"
+                )
+        return torch.stack(stored)
+
+    def _stored(self, keys: list[str]) -> list[Tensor]:
+        """Tensors as they are in the files, each of which is opened once."""
+        keys = [self._present(key) for key in keys]
+        tensors: dict[str, Tensor] = {}
+        for file in {self._where[key]: None for key in keys}:
+            with _opened(file) as opened:
+                tensors |= {key: opened.get_tensor(key) for key in keys if self._where[key] == file}
+        for key, tensor in tensors.items():
+            if tensor.dtype not in _DTYPES:
+                legal = ", ".join(map(str, _DTYPES))
+                raise UserError(f"{self.path}: {key} is stored as {tensor.dtype}, which is not built yet; legal: {legal}")
+        return [tensors[key] for key in keys]
+
     def _present(self, key: str) -> str:
         for candidate in (key, key.removeprefix("transformer."), key.removeprefix("model.")):
             if candidate in self._where:
                 return candidate
+        if f"{key}_blocks" in self._where:
+            raise UserError(f"{self.path}: {key} is stored in MXFP4 blocks, which is not built yet: save the model in bf16")
         held = f"{len(self._where)}, such as {next(iter(self._where))}" if self._where else "none"
         raise UserError(f"{self.path}: no tensor {key} (it has {held})")
 
 
 def to_their_state(model: Model, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our whole parameters under Hugging Face names and in their shapes."""
-    out: dict[str, Tensor] = {}
-    thirds: dict[str, dict[str, Tensor]] = {}
+    """Our whole parameters (and buffers) under Hugging Face names and in their shapes."""
+    parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        key, _, third = their_name(model, name).partition("#")
-        if third:
-            thirds.setdefault(key, {})[third] = tensor
+        key, _, part = their_name(model, name).partition("#")
+        parts.setdefault(key, {})[part] = tensor
+    out: dict[str, Tensor] = {}
+    for key, held in parts.items():
+        tensor = to_theirs(key, held)
+        if "*" in key:
+            out |= {key.replace("*", str(i)): expert.contiguous() for i, expert in enumerate(tensor)}
         else:
-            out[key] = tensor
-    out |= {key: torch.cat([parts[c] for c in "qkv"]) for key, parts in thirds.items()}
-    return {key: (t.t() if _CONV1D.search(key) else t).contiguous() for key, t in out.items()}
+            out[key] = tensor.contiguous()
+    return out
 
 
 def save_safetensors(model: Model, names: Iterable[str], read: Callable[[str], Tensor], directory: Path) -> Path:
@@ -186,9 +158,3 @@ def _opened(file: Path) -> Iterator[safe_open]:
         raise UserError(f"{file}: not a safetensors file, or a part of one: {error}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
-
-
-def _table(model: Model) -> dict[str, str]:
-    if model.family not in _FAMILIES:
-        raise UserError(f"{model.family} checkpoints cannot be read yet; legal: {', '.join(_FAMILIES)}")
-    return _FAMILIES[model.family]

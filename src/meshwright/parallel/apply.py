@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meshwright.models.decoder import Decoder, cross_entropy
 from meshwright.parallel.data import PARAMETER_DTYPE, DataParallel
+from meshwright.parallel.expert import apply_expert_parallel
 from meshwright.parallel.linear import Linear, WeightGradients
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.pipeline import MicroBatch, Pipeline
@@ -87,6 +88,7 @@ def apply(model: Model, workload: Workload, mesh: Mesh, initial: Callable[[Shard
     for decoder in chunks:
         if layout.tp > 1:
             apply_tensor_parallel(decoder, mesh["tp"], gradients, sequence=layout.sp, micro_batch=layout.micro_batch)
+        _split_experts(decoder, mesh, gradients)
         _keep_weight_gradients(decoder, gradients)
         if layout.recompute == "selective":
             _recompute_attention(decoder)
@@ -111,6 +113,21 @@ def apply(model: Model, workload: Workload, mesh: Mesh, initial: Callable[[Shard
         gradients,
     )
     return Engine(model, mesh, chunks, pipeline, state)
+
+
+def _split_experts(decoder: Decoder, mesh: Mesh, gradients: WeightGradients) -> None:
+    layout = mesh.layout
+    for layer in decoder.layers.values():
+        if layer.moe is not None:
+            apply_expert_parallel(
+                layer.moe,
+                mesh["ep"],
+                mesh["tp"],
+                gradients,
+                etp=layout.etp,
+                sequence=layout.sp,
+                micro_batch=layout.micro_batch,
+            )
 
 
 def _keep_weight_gradients(decoder: Decoder, gradients: WeightGradients) -> None:
@@ -140,6 +157,9 @@ def _materialise(
                     name = TIED_NAME
                 module.register_parameter(local, made[name])
                 uses[name] += 1
+            for local, buffer in module._buffers.items():
+                if buffer is not None:
+                    module.register_buffer(local, torch.zeros_like(buffer, device=state.mesh.device))
     return made, uses
 
 

@@ -149,6 +149,40 @@ class _ReduceScatterForwardAllGatherBackward(torch.autograd.Function):
         return gathered(grad, ctx.group), None
 
 
+class _AllGatherForwardReduceScatterBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return gathered(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return scattered(grad, ctx.group), None
+
+
+class _IdentityForwardAllReduceBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        ctx.group.all_reduce(grad)
+        return grad, None
+
+
+def all_gather_forward_reduce_scatter_backward(x: Tensor, group: Group) -> Tensor:
+    """The group's pieces along dim 0, of which every rank uses all for a part of the result."""
+    return x if group.size == 1 else _AllGatherForwardReduceScatterBackward.apply(x, group)  # type: ignore[no-any-return]
+
+
+def identity_forward_all_reduce_backward(x: Tensor, group: Group) -> Tensor:
+    """What every rank has, and uses for a part of the result: the parts of its gradient are summed."""
+    return x if group.size == 1 else _IdentityForwardAllReduceBackward.apply(x, group)  # type: ignore[no-any-return]
+
+
 def all_reduce_forward_identity_backward(x: Tensor, group: Group) -> Tensor:
     """Sum over the group, in place; every rank's gradient is already the whole one."""
     return x if group.size == 1 else _AllReduceForwardIdentityBackward.apply(x, group)  # type: ignore[no-any-return]

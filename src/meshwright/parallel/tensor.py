@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshwright.models.decoder import Decoder, Positions
+from meshwright.models.latent import LatentAttention
 from meshwright.parallel.collectives import (
     Group,
+    all_gather_forward_reduce_scatter_backward,
     all_reduce_forward_identity_backward,
+    identity_forward_all_reduce_backward,
     reduce_scatter_forward_all_gather_backward,
 )
 from meshwright.parallel.linear import WeightGradients, linear
@@ -34,17 +37,30 @@ def apply_tensor_parallel(
     """Replace the linears and the embedding of `decoder` by their parallel forms. Parameters keep their names."""
     make = TensorParallel(group, gradients, sequence, micro_batch)
     for layer in decoder.layers.values():
-        layer.attention.qkv = make.columns(layer.attention.qkv)
+        if isinstance(layer.attention, LatentAttention):
+            _split_latent_attention(layer.attention, make)
+        else:
+            layer.attention.qkv = make.columns(layer.attention.qkv)
         layer.attention.out = make.row(layer.attention.out)
-        layer.mlp.gate_up = make.columns(layer.mlp.gate_up)
-        layer.mlp.down = make.row(layer.mlp.down)
+        if layer.mlp is not None:  # experts are split by `parallel/expert.py`
+            layer.mlp.gate_up = make.columns(layer.mlp.gate_up)
+            layer.mlp.down = make.row(layer.mlp.down)
     if decoder.embedding is not None:
         tokens, positions = decoder.embedding.tokens, decoder.embedding.positions
         decoder.embedding.tokens = VocabParallelEmbedding(tokens, group, sequence)
         if sequence and positions is not None:
             decoder.embedding.positions = SequenceParallelPositions(positions, group)
     if decoder.head is not None:
-        decoder.head = ColumnParallelHead(decoder.head, make)
+        decoder.head = ColumnParallelLinear(decoder.head, make)
+
+
+def _split_latent_attention(attention: LatentAttention, make: TensorParallel) -> None:
+    """The down-projections are whole on every rank; their narrow outputs, not the hidden states, are what all ranks need."""
+    if attention.q is not None:
+        attention.q = ColumnParallelLinear(attention.q, make)
+    else:
+        attention.q_down = SharedDown(attention.q_down, make)
+    attention.kv_down = SharedDown(attention.kv_down, make)
 
 
 @dataclass(frozen=True)
@@ -79,8 +95,8 @@ class ColumnParallel(nn.ModuleDict):
         return [y if one.bias is None else y + one.bias for y, one in zip(outputs, self.values(), strict=True)]
 
 
-class ColumnParallelHead(nn.Module):
-    """The output head with a share of the vocabulary: logits stay cut over the tp group."""
+class ColumnParallelLinear(nn.Module):
+    """One linear with a share of its output features. The output head's logits stay cut over the tp group by it."""
 
     def __init__(self, linear: nn.Linear, shared: TensorParallel):
         super().__init__()
@@ -105,6 +121,23 @@ class RowParallel(nn.Module):
         else:
             y = all_reduce_forward_identity_backward(y, self.shared.group)
         return y if self.bias is None else y + self.bias
+
+
+class SharedDown(nn.Module):
+    """A linear that every rank holds whole, and whose output every rank uses for its heads: with sequence parallel each computes
+    its own tokens' and gathers the rest, else each computes all."""
+
+    def __init__(self, linear: nn.Linear, shared: TensorParallel):
+        super().__init__()
+        self.weight, self.bias, self.shared = linear.weight, linear.bias, shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x_BLD, or x_tD with sequence parallel; returns y_BL*."""
+        y = linear(x, self.weight, self.bias, self.shared.gradients)
+        if not self.shared.sequence:
+            return identity_forward_all_reduce_backward(y, self.shared.group)
+        y = all_gather_forward_reduce_scatter_backward(y, self.shared.group)
+        return y.unflatten(0, (self.shared.micro_batch, -1))
 
 
 class SequenceParallelPositions(nn.Module):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import log
 
 from meshwright.spec.errors import choices
 from meshwright.spec.keys import Keys
-from meshwright.spec.model import Activation, Experts, LatentAttention, Model, Rope
+from meshwright.spec.model import Activation, Experts, LatentAttention, Model, Rope, Yarn
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -26,7 +27,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
 }
 ROPE_RULES = ("default", "llama3", "linear", "dynamic", "yarn", "longrope")
-"""None of them changes a shape. Only the first two are described in full: see `Rope.scaling`."""
+"""None of them changes a shape. default, llama3 and yarn are described in full: see `Rope.scaling`."""
 
 
 def _decoder(
@@ -70,9 +71,7 @@ def _decoder(
 
 def _rope(keys: Keys, theta: float, max_positions: int) -> Rope:
     """From `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
-    rule = keys.within("rope_scaling")
-    if not rule.config:
-        rule = keys.within("rope_parameters")
+    rule = _rope_rule(keys)
     if any(isinstance(value, dict) for value in rule.config.values()):
         raise rule.error("a rule for each layer type is not supported: all layers share one")
     for part in (keys, rule):
@@ -81,11 +80,46 @@ def _rope(keys: Keys, theta: float, max_positions: int) -> Rope:
     if kind not in ROPE_RULES:
         raise rule.error(str(choices(kind, ROPE_RULES, "rope_type")))
     theta = rule.number("rope_theta", keys.number("rope_theta", theta))
+    longest = keys.integer("max_position_embeddings", max_positions)
+    if kind == "yarn":
+        return Rope(theta=theta, yarn=_yarn(rule, longest))
     if kind != "llama3":
         return Rope(theta=theta, scaling=None if kind == "default" else kind)
     factors = rule.number("factor"), rule.number("low_freq_factor"), rule.number("high_freq_factor")
-    longest = keys.integer("max_position_embeddings", max_positions)
     return Rope(theta=theta, llama3=(*factors, rule.integer("original_max_position_embeddings", longest)))
+
+
+def _rope_rule(keys: Keys) -> Keys:
+    rule = keys.within("rope_scaling")
+    return rule if rule.config else keys.within("rope_parameters")
+
+
+def _yarn(rule: Keys, longest: int) -> Yarn:
+    original = rule.integer("original_max_position_embeddings", longest)
+    factor = rule.number("factor", longest / original)
+    mscale, mscale_all_dim = _number_or_none(rule, "mscale"), _number_or_none(rule, "mscale_all_dim")
+    if mscale and mscale_all_dim:
+        temperature = _yarn_temperature(factor, mscale) / _yarn_temperature(factor, mscale_all_dim)
+    else:
+        temperature = _yarn_temperature(factor, 1.0)
+    return Yarn(
+        factor=factor,
+        original_positions=original,
+        beta_fast=_number_or_none(rule, "beta_fast") or 32.0,
+        beta_slow=_number_or_none(rule, "beta_slow") or 1.0,
+        truncate=rule.flag("truncate", True),
+        attention_factor=_number_or_none(rule, "attention_factor") or temperature,
+    )
+
+
+def _yarn_temperature(factor: float, mscale: float) -> float:
+    """arXiv 2309.00071, equation 22, of which `mscale` is 1 there."""
+    return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _number_or_none(keys: Keys, name: str) -> float | None:
+    """Zero counts as absent."""
+    return keys.number(name) if keys.config.get(name) else None
 
 
 def _windows(
@@ -192,7 +226,8 @@ def _gpt_oss(keys: Keys) -> Model:
     bias = keys.flag("attention_bias", True)
     model = _decoder(keys, max_positions=131_072, kv_heads=8, head_dim=64, theta=150_000.0, eps=1e-5)
     if model.rope and not (keys.within("rope_scaling").config or keys.within("rope_parameters").config):
-        model = replace(model, rope=replace(model.rope, scaling="yarn"))
+        rule = {"factor": 32.0, "original_max_position_embeddings": 4096, "truncate": True}
+        model = replace(model, rope=replace(model.rope, yarn=_yarn(Keys(rule, keys.source), model.max_positions)))
     windows = _windows(keys, model, keys.optional("sliding_window", 128), lambda layer: layer % 2 == 0)
     model = replace(model, activation="swiglu_oai", sinks=True, qkv_bias=bias, out_bias=bias, windows=windows)
     return _with_experts(model, replace(_experts(keys, model.ffn), bias=True, router_bias=True), range(model.layers))
@@ -214,6 +249,7 @@ def _deepseek_v2(keys: Keys) -> Model:
 
 
 def _deepseek_v3(keys: Keys) -> Model:
+    keys.require("rope_interleave", True, "neighbouring dims are rotated against each other")
     experts = replace(
         _experts(keys),
         selection_bias=True,
@@ -238,6 +274,10 @@ def _deepseek(keys: Keys, *, max_positions: int, dense: int, shared: int, expert
     )
     head_dim, bias = latent.nope_dim + latent.rope_dim, keys.flag("attention_bias", False)
     model = _decoder(keys, max_positions=max_positions, head_dim=head_dim)
+    mscale = _number_or_none(_rope_rule(keys), "mscale_all_dim")
+    if mscale and model.rope and model.rope.yarn:
+        yarn = replace(model.rope.yarn, score_factor=_yarn_temperature(model.rope.yarn.factor, mscale) ** 2)
+        model = replace(model, rope=replace(model.rope, yarn=yarn))
     # Each head has its own keys and values once they are decompressed; `head_dim` in a file is only the rotary part.
     model = replace(model, kv_heads=model.heads, head_dim=head_dim, latent=latent, qkv_bias=bias, out_bias=bias)
     experts = replace(experts, shared_ffn=experts.ffn * (keys.optional("n_shared_experts", shared, minimum=0) or 0))

@@ -74,7 +74,7 @@ def refuse_unbuilt(layout: Layout) -> None:
     ):
         if given not in built:
             raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")
-    for axis in ("cp", "ep", "etp"):
+    for axis in ("cp",):
         if layout.degree(axis) > 1:
             raise UserError(
                 f"{axis}{layout.degree(axis)}: the {axis} axis is not built yet; this version has dp, tp and pp"
@@ -82,19 +82,18 @@ def refuse_unbuilt(layout: Layout) -> None:
 
 
 def refuse_unbuilt_model(model: Model) -> None:
-    """This version prices and runs dense decoders."""
+    """This version prices dense decoders."""
     if not model.dense or model.latent or model.sinks:
         raise UserError(
-            f"{model.name} ({model.family}): this version prices and runs dense decoders; mixture of experts, latent attention "
-            "and attention sinks can be counted (`meshwright models`), not yet planned"
+            f"{model.name} ({model.family}): this version prices dense decoders; mixture of experts, latent attention "
+            "and attention sinks can be counted (`meshwright models`) and run, not yet planned"
         )
 
 
 def refuse_unrunnable_model(model: Model) -> None:
-    """Beyond that, a rotary rule changes no shape, so it can be priced, but the engine must know it."""
-    refuse_unbuilt_model(model)
+    """A rotary rule changes no shape, so it can be priced, but the engine must know it."""
     if model.rope is not None and model.rope.scaling is not None:
-        raise UserError(f"{model.name}: rotary scaling {model.rope.scaling!r} is not built yet; legal: none, llama3")
+        raise UserError(f"{model.name}: rotary scaling {model.rope.scaling!r} is not built yet; legal: none, llama3, yarn")
 
 
 def _check_tensor_parallel(layout: Layout, model: Model, workload: Workload) -> None:

@@ -15,16 +15,36 @@ Score = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Yarn:
+    """Rotary frequencies stretched by `factor` for a model trained on `original_positions` (YaRN, arXiv 2309.00071).
+
+    A dim that turns more than `beta_fast` times within them keeps its frequency, one that turns less than `beta_slow` times
+    is slowed by `factor`, and those between are blended by a ramp (section 3.2) whose ends are whole dims if `truncate`.
+    `attention_factor` multiplies cos and sin, and so the scores by its square, as far as positions enter them (section 3.4);
+    `score_factor` multiplies all of every score (the DeepSeek models).
+    """
+
+    factor: float
+    original_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    score_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
     """Rotary position embedding, over all dims of a head (the `rope_dim` ones under latent attention).
 
     `llama3` is the frequency rule of the Llama 3.1 report: (factor, low_freq_factor, high_freq_factor,
-    original_positions). `scaling` names any other rule ("yarn", "linear", ...): it changes no shape, so the
-    model can be priced, but code that runs a model must refuse one whose `scaling` is not None.
+    original_positions); `yarn` is that of YaRN. `scaling` names any other rule ("linear", "dynamic", ...): it changes no
+    shape, so the model can be priced, but code that runs a model must refuse one whose `scaling` is not None.
     """
 
     theta: float = 10_000.0
     llama3: tuple[float, float, float, int] | None = None
+    yarn: Yarn | None = None
     scaling: str | None = None
 
 

@@ -124,8 +124,10 @@ def _replicas(model: Model, split: Split, parameter: Parameter) -> tuple[Replica
         return "kv", True
     if parameter.role == "head":
         return "tp", True
-    if parameter.role == "replicated":  # routers always see 1/tp of the tokens, norms under sequence parallel
-        return "tp", split.sp or ".router." in parameter.name
+    if parameter.role == "replicated":
+        # Routers see 1/tp of the tokens, the norms of latent vectors serve 1/tp of the heads, all others under sequence parallel
+        # see 1/tp of the tokens.
+        return "tp", split.sp or ".router." in parameter.name or "_down_norm." in parameter.name
     return None, False
 
 

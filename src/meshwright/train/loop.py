@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from meshwright.train.launch import rank_device
 from meshwright.train.optimizer import Optimizer
 from meshwright.train.progress import ProgressLine, packing_progress
 from meshwright.train.recipe import Recipe
+from meshwright.train.scaler import LossScaler
 from meshwright.train.tokenizer import load_tokenizer
 
 SAME_DATA = ("data", "tokenizer", "seq", "global_batch", "seed")
@@ -54,6 +56,7 @@ class Run:
         self.batches = self._data()
         self.engine = apply(self.model, recipe.workload, self.mesh, self._initial())
         self.optimizer = Optimizer(recipe, self.engine.state)
+        self.scaler = LossScaler(self.mesh.layout.precision)
         self.flops_per_token = model_flops_per_token(self.model, recipe.seq)
         self.step_times: list[float] = []
         self.progress = ProgressLine(recipe.steps, show=self.is_main)
@@ -80,12 +83,16 @@ class Run:
         layout = self.mesh.layout
         data = self.batches.micro_batches(step, self.mesh["dp"].index, layout.dp, layout.micro_batch)
         data = [(tokens.to(self.mesh.device), labels.to(self.mesh.device)) for tokens, labels in data]
-        loss, squared_norm = self.engine.forward_backward(data).tolist()
-        if not torch.isfinite(torch.tensor([loss, squared_norm])).all():
+        scale = self.scaler.scale
+        loss, squared_norm = self.engine.forward_backward(data, scale).tolist()
+        accepted = self.scaler.accepts(squared_norm)
+        if accepted and not (math.isfinite(loss) and math.isfinite(squared_norm)):
             raise UserError(
                 f"the loss is no longer finite at step {step + 1} (loss {loss}): try a lower --lr or a longer --warmup"
             )
-        norm, rate = self.optimizer.step(step, squared_norm)
+        norm, rate = None, 0.0
+        if accepted:
+            norm, rate = self.optimizer.step(step, squared_norm, scale)
         seconds = time.perf_counter() - began
         self.step_times.append(seconds)
         per_second = self.recipe.workload.tokens / seconds
@@ -98,10 +105,12 @@ class Run:
             "step_time_s": seconds,
             "tokens_per_s": per_second,
             "mfu": mfu,
+            **({"loss_scale": scale, "skipped": not accepted} if self.scaler.is_dynamic else {}),
         }
 
     def save(self, step: int) -> None:
         about = {"recipe": self.recipe.model_dump(), "layout": str(self.mesh.layout), "model": self.model.name}
+        about["loss_scale"] = self.scaler.scale
         path = save_checkpoint(self.recipe.out_dir / "checkpoints", step, about, self.mesh, self.optimizer)
         if self.recipe.export and step == self.recipe.steps and self.is_main:
             export_safetensors(path, self.model, Path(self.recipe.export))
@@ -120,6 +129,8 @@ class Run:
                 f"{path} was saved with {', '.join(changed)}: with another its place in the data would be lost; "
                 "use the same, or start anew in another --out"
             )
+        if self.scaler.is_dynamic:
+            self.scaler.scale = float(about.get("loss_scale", self.scaler.scale))
         return int(about["step"])
 
     def _data(self) -> Batches:

@@ -24,11 +24,15 @@ class Optimizer:
         ]
         self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=recipe.betas, fused=True)
 
-    def step(self, step: int, squared_norm: float) -> tuple[float, float]:
-        """Update at step `step` (from 0). Returns (gradient norm before clipping, learning rate)."""
+    def step(self, step: int, squared_norm: float, loss_scale: float = 1.0) -> tuple[float, float]:
+        """Update at step `step` (from 0) with gradients that are `loss_scale` times too large; `squared_norm` is not.
+
+        Returns (gradient norm before clipping, learning rate).
+        """
         norm = math.sqrt(squared_norm)
-        if norm > self.recipe.clip:
-            self.state.scale_gradients(self.recipe.clip / norm)
+        factor = min(1.0, self.recipe.clip / norm if norm else 1.0) / loss_scale
+        if factor != 1.0:
+            self.state.scale_gradients(factor)
         rate = learning_rate(self.recipe, step)
         for group in self.adam.param_groups:
             group["lr"] = rate

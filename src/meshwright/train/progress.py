@@ -23,25 +23,26 @@ class ProgressLine:
         self.show = show
         if show and self.console.is_terminal:
             text = TextColumn(
-                "loss {task.fields[loss]:.4f}  grad norm {task.fields[norm]:.3f}  {task.fields[rate]:,.0f} tok/s  MFU {task.fields[mfu]}"
+                "loss {task.fields[loss]:.4f}  grad norm {task.fields[norm]}  {task.fields[rate]:,.0f} tok/s  MFU {task.fields[mfu]}"
             )
             self.bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(20), text, TextColumn("ETA"), TimeRemainingColumn(),
                 console=self.console,
             )  # fmt: skip
-            self.task = self.bar.add_task("train", total=steps, loss=float("nan"), norm=float("nan"), rate=0.0, mfu="-")
+            self.task = self.bar.add_task("train", total=steps, loss=float("nan"), norm="-", rate=0.0, mfu="-")
             self.bar.start()
 
     def update(self, metrics: dict[str, Any]) -> None:
         if not self.show:
             return
         mfu = "-" if metrics["mfu"] is None else f"{metrics['mfu']:.1%}"
+        norm = "overflow, step skipped" if metrics["grad_norm"] is None else f"{metrics['grad_norm']:.3f}"
         if self.bar is not None:
             self.bar.update(
                 self.task,
                 completed=metrics["step"],
                 loss=metrics["loss"],
-                norm=metrics["grad_norm"],
+                norm=norm,
                 rate=metrics["tokens_per_s"],
                 mfu=mfu,
             )
@@ -51,7 +52,7 @@ class ProgressLine:
             self.last_plain = now
             left = (self.steps - metrics["step"]) * metrics["step_time_s"]
             self.console.print(
-                f"step {metrics['step']}/{self.steps}  loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  "
+                f"step {metrics['step']}/{self.steps}  loss {metrics['loss']:.4f}  grad norm {norm}  "
                 f"{metrics['tokens_per_s']:,.0f} tok/s  MFU {mfu}  ETA {left:.0f} s",
                 highlight=False,
                 soft_wrap=True,
