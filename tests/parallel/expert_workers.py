@@ -13,13 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.models.moe import MoE, Routing
-from meshwright.parallel.expert import (
-    apply_expert_parallel,
-    load_metrics,
-    sequence_balance_loss,
-    summed_load,
-    update_selection_bias,
-)
+from meshwright.parallel.balance import load_metrics, sequence_balance_loss, summed_load, update_selection_bias
+from meshwright.parallel.expert import apply_expert_parallel
 from meshwright.parallel.linear import WeightGradients
 from meshwright.parallel.mesh import build_mesh
 from meshwright.spec.layout import Layout

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from meshwright.parallel.expert import load_metrics, sequence_balance_loss
+from meshwright.parallel.balance import load_metrics, sequence_balance_loss
 from meshwright.spec.grid import Grid
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Experts, Model

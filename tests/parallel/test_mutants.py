@@ -1,48 +1,126 @@
-"""Each collective and each scaling factor is needed: without it, gradients, loss, norm or the next steps come out wrong."""
+"""Each collective and each scaling factor is needed: without it, or with it twice, gradients, loss, norm, the next steps or the
+bytes sent come out wrong.
+
+    python -m pytest tests/parallel/test_mutants.py -m "parity or not parity"     every mutant
+    python tests/parallel/test_mutants.py                                          the same as a table, for docs/parity.md
+"""
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 
 import pytest
-import torch
-import workers
-from fixtures import MODELS, WORKLOAD
-from mutants import MUTANTS, Mutant, run_mutant
+from fixtures import MODELS, SPARSE, WORKLOAD
+from mutants import MUTANTS, CollectiveMutant, Mutant, Outcome, Site, run, sites
 
+from meshwright.cost.program import Place, rank_program
+from meshwright.cost.traffic import step_traffic
+from meshwright.spec.legality import micro_batches
+from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
-from meshwright.testing import run_distributed
+from meshwright.testing import RankError, run_distributed
 
-TOLERANCE = 1e-10
+TOLERANCE = 1e-9
+
+FIXTURES = (
+    ("untied", "mb4"),
+    ("untied", "dp2 mb2"),
+    ("untied", "tp2 mb4"),
+    ("untied", "tp2:sp mb2"),
+    ("untied", "pp2 mb2"),
+    ("tied", "pp2 mb2"),
+    ("untied", "dp2:zero1 mb2"),
+    ("untied", "dp2:zero2 mb2"),
+    ("untied", "dp2:zero3 mb2"),
+    ("untied", "dp4:zero1x2 mb1"),
+    ("few-kv-heads", "tp2 mb4"),
+    ("qk-norm", "tp2 mb4"),
+    ("deepseek-v3-like", "tp2 mb4"),
+    ("deepseek-v3-like", "tp2:sp mb4"),
+    ("gpt-oss-like", "dp2 ep2 mb2"),
+    ("gpt-oss-like", "tp2 etp2 mb4"),
+)
+"""The smallest layouts that between them run every call of a collective."""
+
+
+def model_of(name: str) -> Model:
+    return (MODELS | SPARSE)[name]
 
 
 @lru_cache
-def reference(name: str) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
-    figures, gradients, losses = run_distributed(run_mutant, 1, None, MODELS[name], WORKLOAD, parse_layout("mb4 fp64"))[0]
-    return figures, {shard.name: gradient for shard, gradient in gradients}, losses
-
-
-def notices(mutant: Mutant | None, name: str, layout: str) -> bool:
-    """Whether any rank's figures differ from those of one process."""
-    figures, gradients, losses = reference(name)
+def outcomes(name: str, layout: str, mutant: Mutant | None) -> list[Outcome]:
     parsed = parse_layout(f"{layout} fp64")
-    for rank_figures, rank_gradients, rank_losses in run_distributed(
-        run_mutant, parsed.world, mutant, MODELS[name], WORKLOAD, parsed
-    ):
-        if rank_figures != pytest.approx(figures, rel=TOLERANCE) or rank_losses != pytest.approx(losses, rel=TOLERANCE):
-            return True
-        for shard, gradient in rank_gradients:
-            whole = shard.of(gradients[shard.name])
-            if not (whole - gradient).abs().max() <= TOLERANCE * gradients[shard.name].abs().max():
-                return True
-    return False
+    return run_distributed(run, parsed.world, mutant, model_of(name), WORKLOAD, parsed)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+@lru_cache
+def fixtures_that_run(site: Site) -> tuple[tuple[str, str], ...]:
+    return tuple(f for f in FIXTURES if any(site in outcome.hit for outcome in outcomes(*f, None)))
+
+
+def difference(name: str, layout: str, mutant: Mutant | None) -> str | None:
+    """What shows that something is wrong; None if nothing does."""
+    (reference,) = outcomes(name, "mb4", None)
+    whole = {shard.name: gradient for shard, gradient in reference.gradients}
+    parsed = parse_layout(f"{layout} fp64")
+    for rank in outcomes(name, layout, mutant):
+        for shard, gradient in rank.gradients:
+            error = (shard.of(whole[shard.name]) - gradient).abs().max()
+            if not error <= TOLERANCE * whole[shard.name].abs().max():
+                return "gradient"
+        if rank.figures != pytest.approx(reference.figures, rel=TOLERANCE):
+            return "loss or norm"
+        if rank.losses != pytest.approx(reference.losses, rel=TOLERANCE):
+            return "later steps"
+        program = rank_program(model_of(name), parsed, WORKLOAD, Place(rank.stage, rank.seat.tp, rank.seat.ep, rank.seat.etp))
+        predicted = step_traffic(program, micro_batches(parsed, WORKLOAD))
+        if rank.sent != [(s.axis, s.op, s.group_size, s.count, s.bytes) for s in predicted]:
+            return "traffic"
+    return None
+
+
+def caught(mutant: Mutant) -> tuple[str, str, str] | None:
+    """(model, layout, what differs) of the first fixture that notices `mutant`."""
+    fixtures = fixtures_that_run(mutant.site) if isinstance(mutant, CollectiveMutant) else FIXTURES
+    for name, layout in fixtures:
+        try:
+            what = difference(name, layout, mutant)
+        except RankError:
+            what = "an error"
+        if what:
+            return name, layout, what
+    return None
+
+
+@pytest.mark.parametrize(("name", "layout"), FIXTURES)
+def test_the_engine_itself_is_right(name: str, layout: str) -> None:
+    assert difference(name, layout, None) is None
+
+
+def test_every_call_of_a_collective_is_run_by_some_fixture() -> None:
+    assert [str(site) for site in sites() if not fixtures_that_run(site)] == []
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(m, marks=[] if i % 4 == 0 else [pytest.mark.parity]) for i, m in enumerate(MUTANTS)],
+    ids=str,
+)
 def test_mutant_is_caught(mutant: Mutant) -> None:
-    assert notices(mutant, mutant.model, mutant.layout)
+    assert caught(mutant)
 
 
-@pytest.mark.parametrize(("name", "layout"), sorted({(m.model, m.layout) for m in MUTANTS}))
-def test_the_engine_itself_is_not(name: str, layout: str) -> None:
-    assert not notices(None, name, layout)
+def table() -> list[str]:
+    """Markdown: one line a mutant."""
+    lines = ["| mutant | caught by | what differs |", "|---|---|---|"]
+    for mutant in MUTANTS:
+        found = caught(mutant)
+        where, what = (f"`{found[0]}`, `{found[1]}`", found[2]) if found else ("**not caught**", "")
+        lines.append(f"| {mutant} | {where} | {what} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from meshwright.cost.timeline import play
 from meshwright.schedule.actions import Action, Kind, Schedule
-from meshwright.schedule.buckets import ALIGNMENT, BUCKET_BYTES_PER_RANK, MIN_BUCKET_BYTES, bucket_bytes, plan_buckets
 from meshwright.schedule.check import batches, check_schedule
 from meshwright.schedule.orders import layout_schedule, make_schedule, peak_in_flight
 from meshwright.schedule.stages import distinct_stages, stage_layers
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
 from meshwright.spec.legality import BUILT_SCHEDULES
-from meshwright.spec.shards import Shard
 
 NAMES = st.sampled_from(BUILT_SCHEDULES)
 STAGES = st.integers(1, 8)
@@ -351,63 +347,3 @@ def test_distinct_stages_stand_for_all(layers: int, stages: int) -> None:
             if (s == 0, s == stages - 1, counts[s]) == (first == 0, first == stages - 1, counts[first])
         ]
         assert (alike[0], len(alike)) == (first, count)
-
-
-# --- gradient buckets
-
-
-@st.composite
-def shard_lists(draw: st.DrawFn) -> list[Shard]:
-    """Small and large ones, so that some fill a bucket alone."""
-    sizes = draw(st.lists(st.one_of(st.integers(1, 300), st.integers(1, 30 * 2**20)), min_size=1, max_size=20))
-    treatments = st.sampled_from(
-        [
-            (True, None, False),
-            (False, None, False),
-            (False, "tp", True),
-            (False, "tp", False),
-            (True, "kv", True),
-            (True, "embedding", True),
-        ]
-    )
-    out = []
-    for i, numel in enumerate(sizes):
-        decay, replicas, partial = draw(treatments)
-        out.append(Shard(f"p{i}", (numel,), None, 0, 0, replicas, partial, decay))  # type: ignore[arg-type]
-    return out
-
-
-@settings(max_examples=200, deadline=None)
-@given(shard_lists(), st.sampled_from((1, 2, 8, 20, 128)), st.sampled_from((1, 2, 3, 8, 20)), st.sampled_from((4, 8)))
-def test_buckets(shards: list[Shard], ranks: int, cuts: int, element_bytes: int) -> None:
-    buckets = plan_buckets(shards, ranks=ranks, cuts=cuts, element_bytes=element_bytes)
-    limit = bucket_bytes(ranks) // element_bytes
-
-    assert sorted(s.name for bucket in buckets for s in bucket.shards) == sorted(s.name for s in shards), "every shard once"
-    for bucket in buckets:
-        assert {(s.decay, s.replicas, s.partial) for s in bucket.shards} == {
-            (bucket.decay, bucket.replicas, bucket.partial)
-        }
-        assert len(bucket.offsets) == len(bucket.shards)
-        ends = [offset + s.numel for offset, s in zip(bucket.offsets, bucket.shards, strict=True)]
-        assert all(offset % ALIGNMENT == 0 for offset in bucket.offsets)
-        assert bucket.offsets[0] == 0
-        assert all(0 <= start - end < ALIGNMENT for end, start in zip(ends, bucket.offsets[1:], strict=False)), (
-            "disjoint, without holes"
-        )
-        assert bucket.numel % cuts == 0
-        assert 0 <= bucket.numel - ends[-1] < ALIGNMENT + cuts, "room for all, and no more"
-        assert ends[-1] <= limit or len(bucket.shards) == 1
-
-    for treatment in {(b.decay, b.replicas, b.partial) for b in buckets}:
-        its = [b for b in buckets if (b.decay, b.replicas, b.partial) == treatment]
-        order = [s for s in reversed(shards) if (s.decay, s.replicas, s.partial) == treatment]
-        assert [s for b in its for s in b.shards] == order, "the last layer's gradients are ready first"
-        for one, other in pairwise(its):
-            together = sum(-(-s.numel // ALIGNMENT) * ALIGNMENT for s in one.shards) + other.shards[0].numel
-            assert together > limit, "a bucket is closed only when the next shard does not fit"
-
-
-def test_buckets_grow_with_the_group() -> None:
-    assert bucket_bytes(1) == bucket_bytes(8) == MIN_BUCKET_BYTES
-    assert bucket_bytes(128) == 128 * BUCKET_BYTES_PER_RANK

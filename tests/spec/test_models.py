@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from meshwright.spec.errors import UserError
 from meshwright.spec.huggingface import FAMILIES, _catalogue, catalogue_models, load_model, read_config
-from meshwright.spec.model import Model, Rope
+from meshwright.spec.model import Model, Rope, Yarn
 from meshwright.spec.parameters import count_parameters
 
 LLAMA = {
@@ -90,7 +91,11 @@ def test_catalogue_models_carry_their_name_and_source() -> None:
 def test_catalogue_rope_and_windows() -> None:
     assert load_model("llama-3-405b").rope == Rope(theta=500_000.0, llama3=(8.0, 1.0, 4.0, 8192))
     assert load_model("llama-3-8b").rope == Rope(theta=500_000.0)
-    assert load_model("deepseek-v3").rope == Rope(theta=10_000.0, scaling="yarn")
+    temperature = 0.1 * log(40) + 1
+    yarn = Yarn(factor=40.0, original_positions=4096, attention_factor=1.0, score_factor=temperature**2)
+    assert load_model("deepseek-v3").rope == Rope(theta=10_000.0, yarn=yarn)
+    yarn = Yarn(factor=32.0, original_positions=4096, truncate=False, attention_factor=0.1 * log(32) + 1)
+    assert load_model("gpt-oss-20b").rope == Rope(theta=150_000.0, yarn=yarn)
     assert load_model("mistral-7b").windows == (4096,) * 32
     assert load_model("gpt-oss-20b").windows == (128, None) * 12
     assert load_model("qwen2-7b").windows == ()
@@ -128,7 +133,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     if model.rope:
         rule = theirs.rope_parameters
         assert model.rope.theta == rule["rope_theta"]
-        assert (model.rope.scaling or "default") == rule["rope_type"]
+        assert ("yarn" if model.rope.yarn else model.rope.scaling or "default") == rule["rope_type"]
     kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * model.layers
     window = getattr(theirs, "sliding_window", None)
     assert [model.window(i) for i in range(model.layers)] == [window if k == "sliding_attention" else None for k in kinds]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meshwright.cost.collectives import CollectiveTimes
@@ -122,6 +122,8 @@ class _State:
     """Seconds of each bucket's gradient reduction."""
     rest: float
     """Seconds of the step's other collectives and of the optimizer."""
+    sharding: tuple[float, float]
+    """Seconds of ZeRO's communication in each forward and backward."""
     bytes: int
 
 
@@ -147,7 +149,7 @@ class Estimator:
         programs = self._programs(layout)
         memory = tuple(stage_memory(p, layout, schedule, stage, self.overhead) for stage, p in enumerate(programs))
         send = self.send_seconds(layout)
-        alone = [self.durations(p.pieces, layout, shared=False) for p in programs]
+        alone = [self._passing(self.durations(p.pieces, layout, shared=False), *self._sharding(p)) for p in programs]
         floor = self._shared_floor(layout, [(programs[stage].pieces, count) for stage, count in kinds])
         timeline = play(schedule, [d.forward for d in alone], [d.backward for d in alone], send)
         end = max(self._step_end(p, layout, d) for p, d in zip(programs, alone, strict=True))
@@ -164,7 +166,10 @@ class Estimator:
         m = micro_batches(layout, self.workload)
         kinds = distinct_stages(self.model.layers, layout.pp, self.model.windows)
         pieces = [stage_pieces(self.model, layout, self.workload.seq, Place(stage)) for stage, _ in kinds]
-        alone = [self.durations(p, layout, shared=False) for p in pieces]
+        alone = [
+            self._passing(self.durations(p, layout, shared=False), *self._state(layout, stage).sharding)
+            for p, (stage, _) in zip(pieces, kinds, strict=True)
+        ]
         hop = self.send_seconds(layout)
         each = [d.forward + d.backward for d, (_, count) in zip(alone, kinds, strict=True) for _ in range(count)]
         pipeline = (m - 1) * _pace(layout, each, hop, m) + sum(each) + 2 * (layout.pp - 1) * hop
@@ -180,12 +185,14 @@ class Estimator:
 
     def _state(self, layout: Layout, stage: int) -> _State:
         """What a stage's parameters cost, whatever the micro-batch: layouts that share it plan their buckets once."""
-        key = (layout.dp, layout.tp, layout.sp, layout.pp, layout.zero, layout.order, layout.precision, stage)
+        same = replace(layout, micro_batch=1, recompute="none")
+        key = (same, stage)
         if key not in self._states:
             program = rank_program(self.model, layout, self.workload, Place(stage))
             self._states[key] = _State(
                 tuple(self.times.seconds(c) for c in program.gradient_reductions),
                 self._rest(program, layout),
+                self._sharding(program),
                 sum(state_bytes(program, layout).values()),
             )
         return self._states[key]
@@ -214,6 +221,19 @@ class Estimator:
         kernels = self._kernels(layout, shared=shared)
         each = [(self._piece_durations(piece, kernels, shared), repeat) for piece, repeat in pieces]
         return Durations(*(sum(getattr(d, name) * repeat for d, repeat in each) for name in Durations.__slots__))
+
+    def _sharding(self, program: Program) -> tuple[float, float]:
+        """Seconds of the parameter gathers and gradient reductions that ZeRO-2 and 3 do in each forward and backward."""
+        forward, backward = (sum(self.times.seconds(c) for c in gathers) for gathers in program.gathers)
+        return forward, backward + sum(self.times.seconds(c) for c in program.scatters)
+
+    def _passing(self, d: Durations, forward: float, backward: float) -> Durations:
+        """`d` with communication of each pass that runs under its computation: what does not fit is exposed."""
+        if not forward and not backward:
+            return d
+        if self.times.hides:
+            forward, backward = max(0.0, forward - d.forward), max(0.0, backward - d.backward)
+        return Durations(d.forward + forward, d.backward + backward, d.compute)
 
     def send_seconds(self, layout: Layout) -> float:
         sends = boundary(self.model, layout, self.workload.seq, 0)

@@ -85,8 +85,9 @@ class MoE(nn.Module):
         tokens, length = len(routing.experts_tk), self.length
         if length is None or tokens % length:
             raise UserError(
-                f"experts are balanced sequence by sequence, but {tokens} tokens are not whole sequences of {length} tokens: "
-                "leave sequences whole (no cp, no tp), or leave out the losses, capacity_factor and expert_choice"
+                f"experts are balanced sequence by sequence, but the {tokens} tokens of this rank are not whole sequences"
+                f"{f' of {length}' if length else ', or their length is not known'}: leave sequences whole (no cp, no tp), or "
+                "leave out aux_loss, z_loss, capacity_factor and expert_choice"
             )
         if torch.is_grad_enabled() and (balance.aux_loss or balance.z_loss):
             loss = self.losses(routing, length)
@@ -142,7 +143,7 @@ class LocalDispatch(nn.Module):
         x_nD = take(x_tD, order.source // k, order.place)
         y_nD = experts(x_nD[: len(x_nD) - dropped], counts)
         y_nD = F.pad(y_nD, (0, 0, 0, dropped)) if dropped else y_nD
-        return weigh(take(y_nD, order.place, order.source).view(t, k, 1, -1), routing.weights_tk)
+        return weigh(take(y_nD, order.place, order.source).view(t, k, 1, x_tD.shape[1]), routing.weights_tk)
 
 
 class Experts(nn.Module):

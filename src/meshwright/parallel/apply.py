@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from meshwright.models.decoder import Decoder, cross_entropy
+from meshwright.models.mlp import SharedInput
+from meshwright.models.moe import MoE
+from meshwright.models.routing import Balance
+from meshwright.parallel.balance import apply_balance, summed_load, update_selection_bias
 from meshwright.parallel.data import PARAMETER_DTYPE, DataParallel
 from meshwright.parallel.expert import apply_expert_parallel
-from meshwright.parallel.linear import Linear, WeightGradients
+from meshwright.parallel.linear import Linear, Linears, WeightGradients
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.pipeline import MicroBatch, Pipeline
 from meshwright.parallel.tensor import apply_tensor_parallel
@@ -36,6 +40,10 @@ class Engine:
 
     def __init__(self, model: Model, mesh: Mesh, chunks: list[Decoder], pipeline: Pipeline, state: DataParallel):
         self.model, self.mesh, self.chunks, self.pipeline, self.state = model, mesh, chunks, pipeline, state
+        layers = [layer for chunk in chunks for layer in chunk.layers.values()]
+        self.moes: list[MoE] = [layer.moe for layer in layers if layer.moe is not None]
+        self.loads: tuple[Tensor, Tensor] | None = None
+        """What each expert got in the last step, and what was dropped; see `balance.summed_load`."""
 
     def forward_backward(self, data: Sequence[Sequences], loss_scale: float = 1.0) -> Tensor:
         """`gradients`, and [mean loss, squared gradient norm] of the global batch, equal on every rank.
@@ -54,12 +62,29 @@ class Engine:
         zero but on the stage that holds the head.
         """
         self.state.begin_step(len(data))
+        self._begin_experts(len(data), loss_scale)
         counted = torch.stack([(labels != -100).sum() for _, labels, *_ in data]).sum().double()
         self.mesh["dp"].all_reduce(counted)
         scale = (loss_scale / counted).to(self.pipeline.loss_dtype)
         loss = self.pipeline.run([self._share(*sequences) for sequences in data], scale)
         self.state.finish_step()
         return loss
+
+    def balance_experts(self) -> None:
+        """After a step: sum up what the experts got, and move their selection biases if that was asked for.
+
+        The tokens of all ranks but those of other stages count.
+        """
+        self.loads = summed_load(self.moes, [self.mesh[axis] for axis in ("tp", "cp", "dp")])
+        if self.moes and self.moes[0].balance and (rate := self.moes[0].balance.bias_rate):
+            update_selection_bias(self.moes, self.loads[0], rate)
+
+    def _begin_experts(self, micro_batches: int, loss_scale: float) -> None:
+        """The losses of routers are means over the sequences of the global batch."""
+        layout = self.mesh.layout
+        for moe in self.moes:
+            moe.clear_load()
+            moe.loss_scale = loss_scale / (micro_batches * layout.micro_batch * layout.dp)
 
     def _share(self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None) -> MicroBatch:
         """This cp rank's tokens of whole sequences."""
@@ -72,8 +97,14 @@ class Engine:
         return MicroBatch(cut_tokens(tokens, layout, index), cut_tokens(labels, layout, index), where)
 
 
-def apply(model: Model, workload: Workload, mesh: Mesh, initial: Callable[[Shard], Tensor]) -> Engine:
-    """This rank's share of `model`. `initial` gives each shard's first values.
+def apply(
+    model: Model,
+    workload: Workload,
+    mesh: Mesh,
+    initial: Callable[[Shard], Tensor],
+    balance: Balance | None = None,
+) -> Engine:
+    """This rank's share of `model`. `initial` gives each shard's first values; `balance`: how experts are kept in balance.
 
     Raises UserError for a layout that the model or the workload cannot be split by.
     """
@@ -88,7 +119,7 @@ def apply(model: Model, workload: Workload, mesh: Mesh, initial: Callable[[Shard
     for decoder in chunks:
         if layout.tp > 1:
             apply_tensor_parallel(decoder, mesh["tp"], gradients, sequence=layout.sp, micro_batch=layout.micro_batch)
-        _split_experts(decoder, mesh, gradients)
+        _split_experts(decoder, mesh, gradients, balance)
         _keep_weight_gradients(decoder, gradients)
         if layout.recompute == "selective":
             _recompute_attention(decoder)
@@ -115,8 +146,10 @@ def apply(model: Model, workload: Workload, mesh: Mesh, initial: Callable[[Shard
     return Engine(model, mesh, chunks, pipeline, state)
 
 
-def _split_experts(decoder: Decoder, mesh: Mesh, gradients: WeightGradients) -> None:
+def _split_experts(decoder: Decoder, mesh: Mesh, gradients: WeightGradients, balance: Balance | None) -> None:
     layout = mesh.layout
+    if balance is not None:
+        balance.check(decoder.model)
     for layer in decoder.layers.values():
         if layer.moe is not None:
             apply_expert_parallel(
@@ -128,13 +161,17 @@ def _split_experts(decoder: Decoder, mesh: Mesh, gradients: WeightGradients) -> 
                 sequence=layout.sp,
                 micro_batch=layout.micro_batch,
             )
+            if balance is not None:
+                apply_balance(layer.moe, balance, mesh)
 
 
 def _keep_weight_gradients(decoder: Decoder, gradients: WeightGradients) -> None:
     """Plain linears that tensor parallelism has left."""
     for module in list(decoder.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is SharedInput:
+                setattr(module, name, Linears(child, gradients))
+            elif type(child) is nn.Linear and not isinstance(module, nn.ModuleDict):
                 setattr(module, name, Linear(child, gradients))
 
 

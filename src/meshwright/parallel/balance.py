@@ -6,12 +6,48 @@ Shape suffixes: t tokens of this rank, E all experts, S sequences, l layers with
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from meshwright.models.moe import MoE, Routing, updated_bias
+from meshwright.models.moe import MoE, Routing, add_loss, updated_bias
+from meshwright.models.routing import Balance, z_loss
 from meshwright.parallel.collectives import Group, all_reduce_forward_identity_backward
+from meshwright.parallel.mesh import Mesh
+from meshwright.spec.errors import UserError
+
+
+def apply_balance(moe: MoE, balance: Balance, mesh: Mesh) -> None:
+    """Make `moe` balance its experts as asked, also where the tokens of a sequence are spread over ranks.
+
+    Raises UserError for options that act on a whole sequence, where no rank has one.
+    """
+    moe.balance = balance
+    layout = mesh.layout
+    if layout.tp == 1 and layout.cp == 1:
+        return
+    if balance.capacity_factor is not None or balance.expert_choice:
+        given = "expert_choice" if balance.expert_choice else "capacity_factor"
+        raise UserError(
+            f"{given} looks at whole sequences, but layout '{layout}' spreads each over tp {layout.tp} x cp {layout.cp} ranks: "
+            "leave it out, or split over dp, ep and pp only"
+        )
+    moe.balanced = partial(_balanced, moe, mesh)  # type: ignore[method-assign]
+
+
+def _balanced(moe: MoE, mesh: Mesh, routing: Routing) -> Routing:
+    balance, layout = moe.balance, mesh.layout
+    assert balance is not None and moe.length is not None
+    if not (torch.is_grad_enabled() and (balance.aux_loss or balance.z_loss)):
+        return routing
+    tokens, index = len(routing.experts_tk), mesh["tp"].index
+    here = torch.arange(index * tokens, (index + 1) * tokens, device=routing.experts_tk.device)
+    sequence_t = here // (moe.length // layout.cp)
+    aux = sequence_balance_loss(routing, sequence_t, layout.micro_batch, (mesh["tp"], mesh["cp"])).sum() * balance.aux_loss
+    loss = aux + z_loss(routing, moe.length) * balance.z_loss
+    return routing._replace(weights_tk=add_loss(routing.weights_tk, loss, moe.loss_scale))
 
 
 def sequence_balance_loss(routing: Routing, sequence_t: Tensor, sequences: int, groups: Sequence[Group]) -> Tensor:
@@ -40,6 +76,8 @@ def sequence_balance_loss(routing: Routing, sequence_t: Tensor, sequences: int, 
 def summed_load(moes: Sequence[MoE], groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     """(rows that each expert got, rows dropped) of every layer since the counts were last cleared, int64 [layers, E] and
     [layers]. `groups`: those whose ranks bring different tokens (tp, cp, dp). One all-reduce a group, once a step."""
+    if not moes:
+        return torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     load_lE = torch.stack([moe.load_E for moe in moes])
     counts_lX = torch.cat((load_lE, load_lE.new_tensor([[moe.dropped] for moe in moes])), dim=1)
     for group in groups:
@@ -53,15 +91,23 @@ def update_selection_bias(moes: Sequence[MoE], load_lE: Tensor, rate: float) -> 
         moe.router.selection_bias.copy_(updated_bias(moe.router.selection_bias, load_E, rate))
 
 
-def load_metrics(load_lE: Tensor, dropped_l: Tensor) -> dict[str, float]:
+def load_metrics(load_lE: Tensor, dropped_l: Tensor, stages: Group | None = None) -> dict[str, float]:
     """What to log of `summed_load`: imbalance (an expert's rows over the mean of its layer: the worst, and the mean over layers
-    of each one's worst), the emptiest expert's rows over the mean, and the dropped part of all assignments."""
+    of each one's worst), the emptiest expert's rows over the mean, and the dropped part of all assignments. Of all `stages`; a
+    stage may have no layer with experts."""
     relative_lE = load_lE.double() / load_lE.double().mean(dim=1, keepdim=True).clamp_min(1.0)
     worst_l = relative_lE.amax(dim=1)
-    assigned = int(load_lE.sum() + dropped_l.sum())
+    largest = torch.tensor([max(worst_l.tolist(), default=0.0), -min(relative_lE.flatten().tolist(), default=torch.inf)])
+    sums = torch.stack((worst_l.sum(), worst_l.new_tensor(len(worst_l)), dropped_l.sum(), load_lE.sum() + dropped_l.sum()))
+    largest = largest.to(sums)
+    if stages is not None:
+        stages.all_reduce(largest, op=dist.ReduceOp.MAX)
+        stages.all_reduce(sums)
+    worst, least = largest.tolist()
+    worst_sum, layers, dropped, assigned = sums.tolist()
     return {
-        "expert_imbalance_max": float(worst_l.max()),
-        "expert_imbalance_mean": float(worst_l.mean()),
-        "expert_load_min": float(relative_lE.min()),
-        "dropped": int(dropped_l.sum()) / max(1, assigned),
+        "expert_imbalance_max": worst,
+        "expert_imbalance_mean": worst_sum / layers,
+        "expert_load_min": -least,
+        "dropped": dropped / max(1, assigned),
     }

@@ -117,6 +117,43 @@ class _Linear(torch.autograd.Function):
         return dx, None, dbias, None
 
 
+class Linears(nn.ModuleDict):
+    """Linears that read the same input: one autograd node, whose backward adds up their parts of dx in the matmuls."""
+
+    def __init__(self, linears: nn.ModuleDict, gradients: WeightGradients):
+        super().__init__(linears.items())
+        self.gradients = gradients
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outputs = _Linears.apply(x, self.gradients, *(one.weight for one in self.values()))
+        return [y if one.bias is None else y + one.bias for y, one in zip(outputs, self.values(), strict=True)]
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradients: WeightGradients, *weights: nn.Parameter) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x)
+        ctx.gradients, ctx.weights = gradients, weights
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), weights = ctx.saved_tensors, ctx.weights
+        flat = [grad.flatten(0, -2) for grad in grads]
+        dx = sum_of_products(flat, weights)
+        for grad, weight in zip(flat, weights, strict=True):
+            ctx.gradients.add(weight, grad, x)
+        return dx.view(x.shape), None, *(None for _ in weights)
+
+
+def sum_of_products(grads_TO: Sequence[Tensor], weights_OI: Sequence[Tensor]) -> Tensor:
+    """dx_TI of linears that read the same x."""
+    dx = grads_TO[0] @ weights_OI[0]
+    for grad, weight in zip(grads_TO[1:], weights_OI[1:], strict=True):
+        dx.addmm_(grad, weight)
+    return dx
+
+
 def grouped_linear(x_nI: Tensor, weight_EOI: nn.Parameter, counts: Sequence[int], gradients: WeightGradients) -> Tensor:
     """Rows sorted by expert, each times its expert's matrix; `counts` rows for each expert, zero allowed. Returns y_nO."""
     return _GroupedLinear.apply(x_nI, weight_EOI, tuple(counts), gradients)  # type: ignore[no-any-return]

@@ -27,7 +27,7 @@ from meshwright.parallel.collectives import (
     identity_forward_all_reduce_backward,
     reduce_scatter_forward_all_gather_backward,
 )
-from meshwright.parallel.linear import WeightGradients, linear
+from meshwright.parallel.linear import WeightGradients, linear, sum_of_products
 from meshwright.parallel.vocab import VocabParallelEmbedding
 
 
@@ -179,9 +179,7 @@ class _ColumnParallelLinears(torch.autograd.Function):
             local, x = x, x.new_empty(group.size * x.shape[0], x.shape[1])
             regather = group.all_gather(x, local, wait=False)
         flat = [grad.flatten(0, -2) for grad in grads]
-        dx = flat[0] @ weights[0]
-        for grad, weight in zip(flat[1:], weights[1:], strict=True):
-            dx.addmm_(grad, weight)
+        dx = sum_of_products(flat, weights)
         if shared.sequence:
             dx_out = dx.new_empty(local.shape)
             reduction = group.reduce_scatter(dx_out, dx, wait=False)

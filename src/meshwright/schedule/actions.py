@@ -7,34 +7,40 @@ that send to each other at once do not wait for ever (NCCL matches sends and rec
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 
 class Kind(Enum):
     FORWARD = "F"
     BACKWARD = "B"
+    """The whole backward: the gradients of the input and of the weights."""
+    BACKWARD_INPUT = "I"
+    """The first half of a split backward: the gradient of the input, which the place before waits for."""
+    BACKWARD_WEIGHT = "W"
+    """The other half: the gradients of the weights, which nobody waits for (Qi et al. 2023, arXiv 2401.10241)."""
     SEND_FORWARD = "sF"
-    """Send the output activation to the next stage."""
+    """Send the chunk's output activation to the owner of the next place."""
     RECV_FORWARD = "rF"
-    """Receive the input activation from the previous stage."""
+    """Receive the chunk's input activation from the owner of the place before."""
     SEND_BACKWARD = "sB"
-    """Send the input's gradient to the previous stage."""
+    """Send the gradient of the chunk's input to the owner of the place before."""
     RECV_BACKWARD = "rB"
-    """Receive the output's gradient from the next stage."""
+    """Receive the gradient of the chunk's output from the owner of the next place."""
 
     @property
     def is_compute(self) -> bool:
-        return self is Kind.FORWARD or self is Kind.BACKWARD
+        return self in (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 
     @property
     def is_send(self) -> bool:
         return self in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
 
     @property
-    def step(self) -> int:
-        """Which neighbour the communication is with: +1 the next stage, -1 the previous one."""
-        return {Kind.SEND_FORWARD: 1, Kind.RECV_BACKWARD: 1, Kind.RECV_FORWARD: -1, Kind.SEND_BACKWARD: -1}[self]
+    def gives_input_gradient(self) -> bool:
+        return self in (Kind.BACKWARD, Kind.BACKWARD_INPUT)
 
     @property
     def match(self) -> Kind:
@@ -49,6 +55,8 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Action:
+    """`chunk` is counted on the stage that acts, in communication too."""
+
     kind: Kind
     micro_batch: int
     chunk: int = 0
@@ -56,23 +64,105 @@ class Action:
     def __str__(self) -> str:
         return f"{self.kind.value}{self.micro_batch}" + (f".{self.chunk}" if self.chunk else "")
 
+    def of(self, kind: Kind, chunk: int | None = None) -> Action:
+        """Another action on the same micro-batch and, unless said otherwise, the same chunk."""
+        return Action(kind, self.micro_batch, self.chunk if chunk is None else chunk)
 
-@dataclass(frozen=True, slots=True)
+
+Seat = tuple[int, int]
+"""(stage, chunk)."""
+
+Placement = tuple[tuple[int, ...], ...]
+"""`placement[stage][chunk]`: the chunk's place in the model, from 0 to stages * chunks - 1."""
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """`actions[stage]` is what that stage does, in order."""
+    """`actions[stage]` is what that stage does, in order.
+
+    Activations go from place to place of the model, gradients back. Between two places on one stage nothing is sent: the stage
+    hands the tensor over to itself.
+    """
 
     name: str
     micro_batches: int
     actions: tuple[tuple[Action, ...], ...]
+    placement: Placement
 
     @property
     def stages(self) -> int:
-        return len(self.actions)
+        return len(self.placement)
+
+    @property
+    def chunks(self) -> int:
+        return len(self.placement[0])
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether any backward is done in two halves."""
+        return any(action.kind is Kind.BACKWARD_INPUT for actions in self.actions for action in actions)
+
+    def is_first(self, stage: int, chunk: int) -> bool:
+        """Whether the chunk holds the beginning of the model."""
+        return self.placement[stage][chunk] == 0
+
+    def is_last(self, stage: int, chunk: int) -> bool:
+        """Whether the chunk holds the end of the model."""
+        return self.placement[stage][chunk] == self.stages * self.chunks - 1
+
+    def before(self, stage: int, chunk: int) -> Seat | None:
+        """Who holds the place before; None at the beginning of the model."""
+        return self._seats.get(self.placement[stage][chunk] - 1)
+
+    def after(self, stage: int, chunk: int) -> Seat | None:
+        """Who holds the next place; None at the end of the model."""
+        return self._seats.get(self.placement[stage][chunk] + 1)
+
+    def counterpart(self, stage: int, action: Action) -> tuple[int, Action] | None:
+        """The stage and its action that complete the communication `action` of `stage`; None past either end of the model."""
+        on = action.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD)
+        seat = self.after(stage, action.chunk) if on else self.before(stage, action.chunk)
+        return None if seat is None else (seat[0], action.of(action.kind.match, seat[1]))
+
+    def peer(self, stage: int, action: Action) -> int:
+        """The stage that `action` of `stage` communicates with."""
+        other = self.counterpart(stage, action)
+        assert other is not None, f"{action} of stage {stage} leaves the model"
+        return other[0]
 
     def in_flight(self, stage: int) -> int:
-        """The most micro-batches whose activations the stage holds at once."""
-        held = most = 0
-        for action in self.actions[stage]:
-            held += (action.kind is Kind.FORWARD) - (action.kind is Kind.BACKWARD)
-            most = max(most, held)
-        return most
+        """The most pairs of micro-batch and chunk whose activations the stage holds at once.
+
+        They count until the gradient of the input is there; what the weights' gradients still need after that is `deferred`.
+        """
+        return _most(
+            (action.kind is Kind.FORWARD) - action.kind.gives_input_gradient for action in self.actions[stage]
+        )  # fmt: skip
+
+    def deferred(self, stage: int) -> int:
+        """The most pairs of micro-batch and chunk whose weight gradients are put off at once: I is done, W is not."""
+        return _most(
+            (action.kind is Kind.BACKWARD_INPUT) - (action.kind is Kind.BACKWARD_WEIGHT) for action in self.actions[stage]
+        )
+
+    def held(self, stage: int) -> int:
+        """The most pairs of micro-batch and chunk of which the stage holds anything: in flight or deferred."""
+        return _most(
+            (action.kind is Kind.FORWARD) - (action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT))
+            for action in self.actions[stage]
+        )
+
+    @cached_property
+    def _seats(self) -> dict[int, Seat]:
+        return {
+            place: (stage, chunk) for stage, places in enumerate(self.placement) for chunk, place in enumerate(places)
+        }  # fmt: skip
+
+
+def _most(changes: Iterable[int]) -> int:
+    """The highest value of a count that starts at zero."""
+    count = most = 0
+    for change in changes:
+        count += change
+        most = max(most, count)
+    return most

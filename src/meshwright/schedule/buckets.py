@@ -21,6 +21,10 @@ BUCKET_BYTES_PER_RANK = 4 * 2**20
 latency regime (fabric.md 1.5: a 256 MiB bucket over 128 nodes runs at a tenth of the line rate)."""
 
 
+TAIL_PART = 8
+"""The last bucket holds at most this part of a full one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bucket:
     """A flat buffer of `numel` elements holding `shards` at `offsets`. All its shards share one treatment."""
@@ -73,23 +77,38 @@ def plan_buckets(shards: Sequence[Shard], layout: Layout) -> tuple[Bucket, ...]:
     A bucket's length is a multiple of the parts that its state is cut into. Shards that differ in weight decay, in how their
     gradient is completed or, under ZeRO-3, in when they are gathered go to different buckets.
     """
-    element = STATE_BYTES[layout.precision].gradient
     open_: dict[tuple[object, ...], list[Shard]] = {}
     filled: dict[tuple[object, ...], int] = {}
     out: list[Bucket] = []
     for shard in reversed(shards):
         unit = unit_of(shard.name) if layout.zero == 3 and shard.gathered else None
         key = (unit, shard.decay, shard.replicas, shard.partial, shard.routed)
-        limit = bucket_bytes(layout.edp if shard.routed else layout.data_ranks) // element
         waiting = open_.setdefault(key, [])
-        if waiting and unit is None and filled[key] + shard.numel > limit:
+        if waiting and unit is None and filled[key] + shard.numel > _limit(shard, layout):
             out.append(_close(waiting, unit, layout))
             waiting.clear()
             filled[key] = 0
         waiting.append(shard)
         filled[key] = filled.get(key, 0) + _aligned(shard.numel)
-    out += [_close(waiting, key[0], layout) for key, waiting in open_.items() if waiting]
+    for key, waiting in open_.items():
+        parts = [waiting] if key[0] is not None else _without_heavy_tail(waiting, limit=_limit(waiting[0], layout))
+        out += [_close(part, key[0], layout) for part in parts]
     return tuple(out)
+
+
+def _limit(shard: Shard, layout: Layout) -> int:
+    """Elements of a full bucket."""
+    ranks = layout.edp if shard.routed else layout.data_ranks
+    return bucket_bytes(ranks) // STATE_BYTES[layout.precision].gradient
+
+
+def _without_heavy_tail(shards: list[Shard], limit: int) -> list[list[Shard]]:
+    """The last bucket is reduced when backward is over, and nothing hides it: what is over a part of `limit` goes before it."""
+    room = limit // TAIL_PART
+    last = len(shards) - 1
+    while last > 0 and sum(_aligned(s.numel) for s in shards[last - 1 :]) <= room:
+        last -= 1
+    return [shards[:last], shards[last:]] if last > 0 else [shards]
 
 
 def unit_of(name: str) -> str:

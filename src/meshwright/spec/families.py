@@ -226,7 +226,7 @@ def _gpt_oss(keys: Keys) -> Model:
     bias = keys.flag("attention_bias", True)
     model = _decoder(keys, max_positions=131_072, kv_heads=8, head_dim=64, theta=150_000.0, eps=1e-5)
     if model.rope and not (keys.within("rope_scaling").config or keys.within("rope_parameters").config):
-        rule = {"factor": 32.0, "original_max_position_embeddings": 4096, "truncate": True}
+        rule = {"factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
         model = replace(model, rope=replace(model.rope, yarn=_yarn(Keys(rule, keys.source), model.max_positions)))
     windows = _windows(keys, model, keys.optional("sliding_window", 128), lambda layer: layer % 2 == 0)
     model = replace(model, activation="swiglu_oai", sinks=True, qkv_bias=bias, out_bias=bias, windows=windows)

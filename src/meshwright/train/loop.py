@@ -16,6 +16,8 @@ from meshwright.cost.flops import model_flops_per_token
 from meshwright.models.huggingface import SafetensorsReader
 from meshwright.models.init import initial_value
 from meshwright.parallel.apply import apply
+from meshwright.parallel.balance import load_metrics
+from meshwright.parallel.ledger import Entry
 from meshwright.parallel.mesh import build_mesh
 from meshwright.spec.catalogue import accelerator_of_device, load_accelerator, load_cluster
 from meshwright.spec.errors import UserError
@@ -54,11 +56,12 @@ class Run:
         self.mesh = build_mesh(recipe.parsed_layout, self.model, rank_device())
         self.is_main = self.mesh.rank == 0
         self.batches = self._data()
-        self.engine = apply(self.model, recipe.workload, self.mesh, self._initial())
+        self.engine = apply(self.model, recipe.workload, self.mesh, self._initial(), recipe.balance)
         self.optimizer = Optimizer(recipe, self.engine.state)
         self.scaler = LossScaler(self.mesh.layout.precision)
         self.flops_per_token = model_flops_per_token(self.model, recipe.seq)
         self.step_times: list[float] = []
+        self.sent: list[tuple[Entry, int, int]] = []
         self.progress = ProgressLine(recipe.steps, show=self.is_main)
 
     def run(self) -> None:
@@ -93,6 +96,9 @@ class Run:
         norm, rate = None, 0.0
         if accepted:
             norm, rate = self.optimizer.step(step, squared_norm, scale)
+        self.sent = self.mesh.ledger.rows()
+        if accepted and self.model.experts is not None:
+            self.engine.balance_experts()
         seconds = time.perf_counter() - began
         self.step_times.append(seconds)
         per_second = self.recipe.workload.tokens / seconds
@@ -105,8 +111,15 @@ class Run:
             "step_time_s": seconds,
             "tokens_per_s": per_second,
             "mfu": mfu,
+            **self._experts(),
             **({"loss_scale": scale, "skipped": not accepted} if self.scaler.is_dynamic else {}),
         }
+
+    def _experts(self) -> dict[str, float]:
+        """How evenly the experts were loaded; booked on no step's traffic."""
+        if self.engine.loads is None:
+            return {}
+        return load_metrics(*self.engine.loads, self.mesh["pp"])
 
     def save(self, step: int) -> None:
         about = {"recipe": self.recipe.model_dump(), "layout": str(self.mesh.layout), "model": self.model.name}
@@ -179,7 +192,7 @@ class Run:
             },
             "collectives": [
                 {"axis": e.axis, "op": e.op, "group_size": e.group_size, "count": count, "bytes": nbytes}
-                for e, count, nbytes in self.mesh.ledger.rows()
+                for e, count, nbytes in self.sent
             ],
         }
         ranks: list[Any] = [mine]

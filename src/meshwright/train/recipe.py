@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from meshwright.models.routing import Balance
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.layout import Layout
 from meshwright.spec.legality import check_layout, refuse_unbuilt, refuse_unrunnable_model
@@ -38,6 +39,16 @@ class Recipe(BaseModel):
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = Field(default=1.0, gt=0)
     """Global gradient norm above which gradients are scaled down."""
+    aux_loss: float = 0.0
+    """Factor of the auxiliary loss that balances experts, sequence by sequence."""
+    z_loss: float = 0.0
+    """Factor of the loss that keeps the router's logits small."""
+    bias_rate: float = 0.0
+    """Step of the loss-free balancing bias."""
+    capacity_factor: float | None = None
+    """An expert takes at most this multiple of an even load of each sequence; the rest is dropped. None: nothing is dropped."""
+    expert_choice: bool = False
+    """Experts choose tokens, instead of tokens experts."""
     seed: int = 0
     init: str | None = None
     """Directory of Hugging Face safetensors to start from; random weights by default."""
@@ -63,6 +74,12 @@ class Recipe(BaseModel):
         return parse_layout(self.layout)
 
     @property
+    def balance(self) -> Balance | None:
+        """How experts are kept in balance; None where nothing is asked for."""
+        asked = Balance(self.aux_loss, self.z_loss, self.bias_rate, self.capacity_factor, self.expert_choice)
+        return None if asked == Balance() else asked
+
+    @property
     def out_dir(self) -> Path:
         return Path(self.out)
 
@@ -76,6 +93,8 @@ class Recipe(BaseModel):
         refuse_unrunnable_model(model)
         check_layout(self.parsed_layout, model, self.workload)
         refuse_unbuilt(self.parsed_layout)
+        if self.balance is not None:
+            self.balance.check(model)
         return model
 
 
