@@ -63,6 +63,22 @@ LAYOUTS = (
 )
 """The layouts of the first release's promise, each with two micro-batches or more."""
 
+SPARSE_LAYOUTS = (
+    "mb4",
+    "tp2 mb4",
+    "dp2 ep2 mb2",
+    "tp2:sp ep2 mb2",
+    "tp2 etp2 mb2",
+    "dp2 tp2:sp ep2 etp2 mb2",
+    "dp2 ep2 pp2 mb2",
+    "dp4:zero1 ep2 mb1",
+    "dp4:zero2 ep2 mb1",
+    "dp4:zero3 ep2 mb1 ac:full",
+    "dp4:zero3x2 ep4 mb2 ac:selective",
+    "dp2 tp2 ep4 mb2",
+)
+"""Experts over any of the other axes."""
+
 MORE_LAYOUTS = (
     "mb1",
     "tp4 mb4",

@@ -7,7 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 import workers
-from fixtures import LAYOUTS, MODELS, MORE_LAYOUTS, WORKLOAD
+from fixtures import LAYOUTS, MODELS, MORE_LAYOUTS, SPARSE, SPARSE_LAYOUTS, WORKLOAD
 
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
@@ -46,7 +46,18 @@ def scale_of(name: str, reference: dict[str, torch.Tensor], model: Model) -> flo
 @pytest.mark.parametrize("layout", LAYOUTS + MORE_LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_of_step_1(name: str, layout: str, precision: str) -> None:
-    model, parsed = MODELS[name], parse_layout(f"{layout} {precision}")
+    check_gradients(MODELS[name], layout, precision)
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("layout", SPARSE_LAYOUTS)
+@pytest.mark.parametrize("name", SPARSE)
+def test_gradients_of_step_1_with_experts(name: str, layout: str, precision: str) -> None:
+    check_gradients(SPARSE[name], layout, precision)
+
+
+def check_gradients(model: Model, layout: str, precision: str) -> None:
+    parsed = parse_layout(f"{layout} {precision}")
     figures, reference = one_process(model, precision)
     ranks = run_distributed(workers.gradients_of_step_1, parsed.world, model, WORKLOAD, parsed)
     seen = set()

@@ -6,12 +6,13 @@ from collections import Counter
 
 import pytest
 import workers
-from fixtures import LAYOUTS, MODELS, MORE_LAYOUTS, WORKLOAD
+from fixtures import LAYOUTS, MODELS, MORE_LAYOUTS, SPARSE, SPARSE_LAYOUTS, WORKLOAD
 
 from meshwright.cost.memory import state_bytes
 from meshwright.cost.program import Place, rank_program
 from meshwright.cost.traffic import step_traffic
 from meshwright.spec.legality import micro_batches
+from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.testing import run_distributed
 
@@ -20,9 +21,20 @@ from meshwright.testing import run_distributed
 @pytest.mark.parametrize("layout", LAYOUTS + MORE_LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_predicted_equals_counted(name: str, layout: str, precision: str) -> None:
-    model, parsed = MODELS[name], parse_layout(f"{layout} {precision}")
+    check_traffic(MODELS[name], layout, precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", SPARSE_LAYOUTS)
+@pytest.mark.parametrize("name", SPARSE)
+def test_predicted_equals_counted_with_experts(name: str, layout: str, precision: str) -> None:
+    check_traffic(SPARSE[name], layout, precision)
+
+
+def check_traffic(model: Model, layout: str, precision: str) -> None:
+    parsed = parse_layout(f"{layout} {precision}")
     for rank in run_distributed(workers.held_and_sent, parsed.world, model, WORKLOAD, parsed):
-        program = rank_program(model, parsed, WORKLOAD, Place(rank["stage"], rank["tp"]))
+        program = rank_program(model, parsed, WORKLOAD, Place(rank["stage"], *rank["seat"]))
         predicted = [
             (s.axis, s.op, s.group_size, s.count, s.bytes) for s in step_traffic(program, micro_batches(parsed, WORKLOAD))
         ]

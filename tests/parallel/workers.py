@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def held_and_sent(model: Model, workload: Workload, layout: Layout) -> dict[str,
     state = engine.state
     return {
         "stage": engine.mesh.stage,
-        "tp": engine.mesh["tp"].index,
+        "seat": astuple(engine.mesh.seat),
         "ledger": [(e.axis, e.op, e.group_size, count, nbytes) for e, count, nbytes in engine.mesh.ledger.rows()],
         "calls": calls_of_step,
         "state": {

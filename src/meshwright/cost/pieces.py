@@ -121,7 +121,7 @@ def layer_piece(model: Model, layout: Layout, seq: int, window: int | None, moe:
     backward = (*mlp.backward, s.norm_backward, *attention.backward, s.norm_backward)
     saved = 4 * s.residual_bytes + attention.saved + mlp.saved
     if layout.recompute == "full":
-        return Piece("layer", forward, (*_up_to_last_product(forward), *backward), s.residual_bytes, working_bytes=saved)
+        return Piece("layer", forward, (*_up_to_last_saved(forward), *backward), s.residual_bytes, working_bytes=saved)
     return Piece("layer", forward, backward, saved)
 
 
@@ -268,10 +268,11 @@ def head_piece(model: Model, layout: Layout, seq: int, tp_rank: int) -> Piece:
     return Piece("head", forward, backward, saved, working_bytes=logits * (exact + s.q))
 
 
-def _up_to_last_product(forward: tuple[Op, ...]) -> tuple[Op, ...]:
-    """Full recompute runs the layer again up to the last tensor that backward needs: the input of the last product.
+def _up_to_last_saved(forward: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Full recompute runs the layer again up to the last tensor that backward needs: the input of the last product, or the
+    experts' outputs, which their weights multiply.
 
     The sum after it is not repeated (PyTorch's checkpoint stops early), nor is that product.
     """
-    last = max(i for i, op in enumerate(forward) if isinstance(op, Gemm))
+    last = max(i for i, op in enumerate(forward) if isinstance(op, Gemm) or (isinstance(op, Elementwise) and op.name == "permute"))
     return forward[:last]
