@@ -20,6 +20,8 @@ import torch
 import workers
 
 import meshwright.parallel
+from meshwright.models.routing import Balance
+from meshwright.parallel.balance import load_metrics
 from meshwright.parallel.collectives import Group
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
@@ -29,7 +31,7 @@ OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "excha
 WAYS = ("removed", "doubled")
 ROOM = Path(str(meshwright.parallel.__file__)).parent
 
-ENGINE = ("collectives", "vocab", "linear", "tensor", "mesh", "data", "units", "context", "expert", "pipeline", "apply")
+ENGINE = ("collectives", "vocab", "linear", "tensor", "mesh", "data", "units", "context", "balance", "expert", "pipeline", "apply")
 """Modules of `meshwright.parallel`, each after those that it imports."""
 
 
@@ -117,22 +119,30 @@ class Outcome:
     figures: list[float]
     gradients: workers.Gradients
     losses: list[float]
+    loads: dict[str, float]
     sent: list[tuple[str, str, int, int, int]]
     hit: set[Site]
 
 
-def run(mutant: Mutant | None, model: Model, workload: Workload, layout: Layout, loss_scale: float = 4.0) -> Outcome:
+def run(mutant: Mutant | None, model: Model, workload: Workload, layout: Layout, balanced: bool) -> Outcome:
     """Figures, gradients and traffic of step 1, and the losses of three steps, with the mutant in place."""
     hit: set[Site] = set()
+    loss_scale, balance, loads = 4.0, None, {}
+    if balanced:
+        assert model.experts is not None
+        balance = Balance(aux_loss=0.1, z_loss=0.01, bias_rate=0.05 if model.experts.selection_bias else 0.0)
     with installed(mutant, hit):
-        engine = workers.build(model, workload, layout)
+        engine = workers.build(model, workload, layout, balance)
         engine.mesh.ledger.clear()
         figures = engine.forward_backward(workers.local_batch(model, workload, engine), loss_scale).tolist()
         gradients = [(shard, gradient / loss_scale) for shard, gradient in engine.state.whole_gradients()]
         engine.state.publish()
         sent = [(e.axis, e.op, e.group_size, count, nbytes) for e, count, nbytes in engine.mesh.ledger.rows()]
-        losses = workers.losses(model, workload, layout, 3)
-    return Outcome(engine.mesh.stage, engine.mesh.seat, figures, gradients, losses, sent, hit)
+        if balanced:
+            engine.balance_experts()
+            loads = load_metrics(*engine.loads, engine.mesh["pp"])
+        losses = workers.losses(model, workload, layout, 3, balance)
+    return Outcome(engine.mesh.stage, engine.mesh.seat, figures, gradients, losses, loads, sent, hit)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from meshwright.models.init import initial_value
+from meshwright.models.routing import Balance
 from meshwright.parallel.apply import Engine, apply
 from meshwright.parallel.mesh import build_mesh
 from meshwright.spec.layout import Layout
@@ -21,9 +22,9 @@ from meshwright.train.recipe import Recipe
 Gradients = list[tuple[Shard, torch.Tensor]]
 
 
-def build(model: Model, workload: Workload, layout: Layout) -> Engine:
+def build(model: Model, workload: Workload, layout: Layout, balance: Balance | None = None) -> Engine:
     mesh = build_mesh(layout, model, torch.device("cpu"))
-    return apply(model, workload, mesh, lambda shard: shard.of(initial_weight(model, shard)))
+    return apply(model, workload, mesh, lambda shard: shard.of(initial_weight(model, shard)), balance)
 
 
 def initial_weight(model: Model, shard: Shard) -> torch.Tensor:
@@ -62,14 +63,18 @@ def gradients_of_step_1(model: Model, workload: Workload, layout: Layout) -> tup
     return figures, list(engine.state.whole_gradients())
 
 
-def losses(model: Model, workload: Workload, layout: Layout, steps: int) -> list[float]:
+def losses(
+    model: Model, workload: Workload, layout: Layout, steps: int, balance: Balance | None = None
+) -> list[float]:
     """The loss of every step of a short training with AdamW, warm-up and clipping."""
-    engine = build(model, workload, layout)
+    engine = build(model, workload, layout, balance)
     optimizer = Optimizer(Recipe(steps=steps, lr=1e-3, warmup=5, clip=0.5), engine.state)
     out = []
     for step in range(steps):
         loss, squared = engine.forward_backward(local_batch(model, workload, engine, step % 4)).tolist()
         optimizer.step(step, squared)
+        if balance is not None:
+            engine.balance_experts()
         out.append(loss)
     return out
 

@@ -22,7 +22,12 @@ from meshwright.spec.precision import STATE_BYTES
 from meshwright.spec.shards import Shard
 
 LAYOUTS = st.sampled_from(
-    [Layout(dp=dp, zero=zero, precision=precision) for dp in (2, 8, 20, 128) for zero in (0, 1, 2, 3) for precision in ("bf16", "fp64")]
+    [
+        Layout(dp=dp, zero=zero, precision=precision)
+        for dp in (2, 8, 20, 128)
+        for zero in (0, 1, 2, 3)
+        for precision in ("bf16", "fp64")
+    ]
 )
 
 
@@ -88,7 +93,9 @@ def test_buckets(shards: list[Shard], layout: Layout) -> None:
             together = sum(aligned(s.numel) for s in one.shards) + other.shards[0].numel
             assert together > limit, "a bucket is closed only when the next shard does not fit"
         last = its[-1]
-        assert len(last.shards) == 1 or sum(aligned(s.numel) for s in last.shards) <= limit // TAIL_PART, "nothing hides the last"
+        assert len(last.shards) == 1 or sum(aligned(s.numel) for s in last.shards) <= limit // TAIL_PART, (
+            "nothing hides the last"
+        )
 
 
 def test_buckets_grow_with_the_group() -> None:

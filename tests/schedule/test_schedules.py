@@ -1,4 +1,4 @@
-"""Schedules are complete and free of deadlock, the checker refuses those that are not, and the timeline's bubble is the closed form."""
+"""Every schedule is complete, free of deadlock and within its memory; which layers a stage holds."""
 
 from __future__ import annotations
 
@@ -6,312 +6,188 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from meshwright.cost.timeline import play
-from meshwright.schedule.actions import Action, Kind, Schedule
+from meshwright.schedule.actions import Kind, Schedule
 from meshwright.schedule.check import batches, check_schedule
+from meshwright.schedule.communication import with_communication
 from meshwright.schedule.orders import layout_schedule, make_schedule, peak_in_flight
 from meshwright.schedule.stages import distinct_stages, stage_layers
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
-from meshwright.spec.legality import BUILT_SCHEDULES
-
-NAMES = st.sampled_from(BUILT_SCHEDULES)
-STAGES = st.integers(1, 8)
-MICRO_BATCHES = st.integers(1, 16)
+from schedule_cases import Shape, action, legal_shapes, shapes, written
 
 
-def refusal(schedule: Schedule) -> str:
-    with pytest.raises(UserError) as refused:
+def words(schedule: Schedule) -> list[str]:
+    return [" ".join(map(str, actions)) for actions in schedule.actions]
+
+
+def test_every_schedule_passes_the_checker() -> None:
+    for name, stages, m, chunks in legal_shapes(6, 13):
+        schedule = make_schedule(name, stages, m, chunks)
+        assert (schedule.name, schedule.stages, schedule.micro_batches, schedule.chunks) == (name, stages, m, chunks)
         check_schedule(schedule)
-    assert "\n" not in str(refused.value)
-    assert schedule.name in str(refused.value)
-    return str(refused.value)
-
-
-def with_stage(schedule: Schedule, stage: int, actions: list[Action]) -> Schedule:
-    changed = (*schedule.actions[:stage], tuple(actions), *schedule.actions[stage + 1 :])
-    return Schedule("broken", schedule.micro_batches, changed)
-
-
-def written(*stages: str) -> Schedule:
-    """A schedule from lines such as "F0 sF0 rB0 B0"."""
-    kinds = sorted(Kind, key=lambda kind: -len(kind.value))
-    actions = []
-    for line in stages:
-        words = [(next(k for k in kinds if word.startswith(k.value)), word) for word in line.split()]
-        actions.append(tuple(Action(kind, int(word[len(kind.value) :])) for kind, word in words))
-    forwards = sum(action.kind is Kind.FORWARD for action in actions[0])
-    return Schedule("by hand", forwards, tuple(actions))
-
-
-# --- the schedules
-
-
-@pytest.mark.parametrize("name", BUILT_SCHEDULES)
-def test_every_schedule_passes_the_checker(name: str) -> None:
-    for stages in range(1, 9):
-        for m in (1, 2, 3, 4, 5, 7, 8, 9, 16):
-            schedule = make_schedule(name, stages, m)
-            assert (schedule.name, schedule.stages, schedule.micro_batches) == (name, stages, m)
-            check_schedule(schedule)
 
 
 def test_two_stages_by_hand() -> None:
-    assert make_schedule("gpipe", 2, 2) == Schedule(
-        "gpipe", 2, written("F0 sF0 F1 sF1 rB0 B0 rB1 B1", "rF0 F0 rF1 F1 B0 sB0 B1 sB1").actions
-    )
-    assert make_schedule("1f1b", 2, 2) == Schedule(
-        "1f1b", 2, written("F0 sF0 F1 sF1 rB0 B0 rB1 B1", "rF0 F0 B0 sB0 rF1 F1 B1 sB1").actions
-    )
-    assert [str(action) for action in make_schedule("1f1b", 3, 3).actions[1]] == (
-        [
-            "rF0",
-            "F0",
-            "sF0",
-            "rF1",
-            "F1",
-            "sF1",
-            "rB0",
-            "B0",
-            "sB0",
-            "rF2",
-            "F2",
-            "sF2",
-            "rB1",
-            "B1",
-            "sB1",
-            "rB2",
-            "B2",
-            "sB2",
-        ]
-    )
+    """A receive is posted where its tensor is sent, so that it travels under what is computed meanwhile."""
+    gpipe = written("F0 sF0 F1 sF1 rB0 B0 rB1 B1", "rF0 F0 rF1 F1 B0 sB0 B1 sB1")
+    assert make_schedule("gpipe", 2, 2).actions == gpipe.actions
+    one = written("F0 sF0 F1 sF1 rB0 B0 F2 sF2 rB1 B1 rB2 B2", "rF0 F0 rF1 B0 sB0 F1 B1 sB1 rF2 F2 B2 sB2")
+    assert make_schedule("1f1b", 2, 3).actions == one.actions
+    middle = "rF0 F0 sF0 rF1 F1 sF1 rF2 rB0 B0 sB0 F2 sF2 rB1 B1 sB1 rB2 B2 sB2"
+    assert words(make_schedule("1f1b", 3, 3))[1] == middle
+
+
+def test_interleaved_by_hand() -> None:
+    """Figure 4 of arXiv 2104.04473 in small: rounds of two micro-batches through both chunks, and the way round from the last
+    stage to the first."""
+    assert words(make_schedule("interleaved", 2, 2, 2)) == [
+        "F0 sF0 F1 sF1 rF0.1 F0.1 sF0.1 rF1.1 F1.1 sF1.1 rB0.1 B0.1 sB0.1 rB1.1 B1.1 sB1.1 rB0 B0 rB1 B1",
+        "rF0 F0 sF0 rF1 F1 sF1 rF0.1 F0.1 rF1.1 B0.1 sB0.1 F1.1 rB0 B1.1 sB1.1 B0 sB0 rB1 B1 sB1",
+    ]
+
+
+def test_the_fold_of_a_v_sends_nothing() -> None:
+    schedule = make_schedule("zb-v", 2, 4, 2)
+    assert schedule.placement == ((0, 3), (1, 2))
+    assert not [a for a in schedule.actions[1] if str(a).startswith(("sF", "rB")) and a.chunk == 0]
+    assert not [a for a in schedule.actions[1] if str(a).startswith(("rF", "sB")) and a.chunk == 1]
+    assert {schedule.peer(0, a) for a in schedule.actions[0] if not a.kind.is_compute} == {1}
 
 
 @settings(deadline=None)
-@given(NAMES, STAGES, MICRO_BATCHES)
-def test_every_stage_runs_each_micro_batch_once_each_way_in_order(name: str, stages: int, m: int) -> None:
-    for actions in make_schedule(name, stages, m).actions:
-        for kind in (Kind.FORWARD, Kind.BACKWARD):
-            assert [action.micro_batch for action in actions if action.kind is kind] == list(range(m))
+@given(shapes())
+def test_every_chunk_runs_each_micro_batch_once_each_way_in_order(shape: Shape) -> None:
+    schedule = make_schedule(*shape)
+    for actions in schedule.actions:
+        for chunk in range(schedule.chunks):
+            its = [a for a in actions if a.chunk == chunk]
+            every = list(range(schedule.micro_batches))
+            assert [a.micro_batch for a in its if a.kind is Kind.FORWARD] == every
+            assert [a.micro_batch for a in its if a.kind.gives_input_gradient] == every
+            halves = [[a.micro_batch for a in its if a.kind is k] for k in (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)]
+            assert halves[0] == halves[1]
 
 
 @settings(deadline=None)
-@given(NAMES, STAGES, MICRO_BATCHES)
-def test_what_a_stage_sends_its_neighbour_receives_in_the_same_order(name: str, stages: int, m: int) -> None:
-    actions = make_schedule(name, stages, m).actions
-    for one, other in pairwise(actions):
-        for send, receive, sender, receiver in (
-            (Kind.SEND_FORWARD, Kind.RECV_FORWARD, one, other),
-            (Kind.SEND_BACKWARD, Kind.RECV_BACKWARD, other, one),
-        ):
-            sent = [a.micro_batch for a in sender if a.kind is send]
-            assert sent == [a.micro_batch for a in receiver if a.kind is receive] == list(range(m))
-    ends = {a.kind for a in actions[0] if a.kind in (Kind.RECV_FORWARD, Kind.SEND_BACKWARD)}
-    ends |= {a.kind for a in actions[-1] if a.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD)}
-    assert not ends
-
-
-def test_kinds_match_their_opposites() -> None:
-    for kind in Kind:
-        if not kind.is_compute:
-            assert kind.match.match is kind
-            assert kind.step == -kind.match.step
-            assert kind.is_send != kind.match.is_send
+@given(shapes())
+def test_what_a_stage_sends_the_peer_receives_in_the_same_order(shape: Shape) -> None:
+    """NCCL and gloo match the messages of a pair of ranks by their order alone."""
+    schedule = make_schedule(*shape)
+    sent: dict[tuple[int, int], list[object]] = {}
+    received: dict[tuple[int, int], list[object]] = {}
+    for stage, actions in enumerate(schedule.actions):
+        for a in actions:
+            if a.kind.is_send:
+                sent.setdefault((stage, schedule.peer(stage, a)), []).append(schedule.counterpart(stage, a))
+            elif not a.kind.is_compute:
+                received.setdefault((schedule.peer(stage, a), stage), []).append((stage, a))
+    assert sent == received
+    hops = schedule.stages * schedule.chunks - 1
+    here = sum(schedule.after(stage, 0) == (stage, 1) for stage in range(schedule.stages))
+    if schedule.stages > 1:
+        assert sum(map(len, sent.values())) == 2 * schedule.micro_batches * (hops - here)
 
 
 @settings(deadline=None)
-@given(NAMES, STAGES, MICRO_BATCHES)
-def test_peak_in_flight_is_what_the_lists_hold(name: str, stages: int, m: int) -> None:
-    schedule = make_schedule(name, stages, m)
+@given(shapes())
+def test_counterparts_are_each_others(shape: Shape) -> None:
+    schedule = make_schedule(*shape)
+    for stage, actions in enumerate(schedule.actions):
+        for a in actions:
+            if not a.kind.is_compute:
+                other = schedule.counterpart(stage, a)
+                assert other is not None
+                assert schedule.counterpart(*other) == (stage, a)
+                assert a.kind.is_send != other[1].kind.is_send
+
+
+@settings(deadline=None)
+@given(shapes())
+def test_a_send_follows_what_it_sends_and_nothing_is_received_long_before_it_is_sent(shape: Shape) -> None:
+    schedule = make_schedule(*shape)
+    for actions in schedule.actions:
+        for batch, before in zip(batches(actions)[1:], batches(actions), strict=False):
+            for a in batch:
+                if a.kind is Kind.SEND_FORWARD:
+                    assert before == (a.of(Kind.FORWARD),)
+                elif a.kind is Kind.SEND_BACKWARD:
+                    assert before[0] in (a.of(Kind.BACKWARD), a.of(Kind.BACKWARD_INPUT))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_any_order_that_can_run_gets_communication_that_does_not_deadlock(data: st.DataObject) -> None:
+    """Computations in a random order that respects what each needs."""
+    p, v, m = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 4))
+    places = tuple(tuple(chunk * p + stage for chunk in range(v)) for stage in range(p))
+    seat = {place: (stage, chunk) for stage, row in enumerate(places) for chunk, place in enumerate(row)}
+    left = {i: [(kind, place) for kind, way in (("F", range(p * v)), ("I", reversed(range(p * v)))) for place in way]
+            for i in range(m)}  # fmt: skip
+    orders: list[list[str]] = [[] for _ in range(p)]
+    waiting: list[tuple[int, str]] = []
+    while any(left.values()) or waiting:
+        choice = data.draw(st.integers(0, m if waiting else m - 1))
+        if choice == m:
+            stage, word = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
+            orders[stage].append(word)
+        elif left[choice]:
+            kind, place = left[choice].pop(0)
+            stage, chunk = seat[place]
+            orders[stage].append(f"{kind}{choice}.{chunk}")
+            if kind == "I":
+                waiting.append((stage, f"W{choice}.{chunk}"))
+    check_schedule(with_communication("random", m, [[action(word) for word in order] for order in orders], places))
+
+
+@settings(deadline=None)
+@given(shapes(micro_batches=20))
+def test_peak_in_flight_is_what_the_lists_hold(shape: Shape) -> None:
+    name, stages, m, chunks = shape
+    schedule = make_schedule(*shape)
     for stage in range(stages):
-        held = schedule.in_flight(stage)
-        assert peak_in_flight(name, stage, stages, m) == held
-        assert held == (m if name == "gpipe" else min(m, stages - stage))
+        assert peak_in_flight(name, stage, stages, m, chunks) == schedule.in_flight(stage)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 8])
+def test_memory_is_what_the_papers_say(p: int) -> None:
+    """In chunks: a stage of 1F1B holds up to `p` micro-batches of its whole share."""
+    m = 4 * p
+    for stage in range(p):
+        assert make_schedule("gpipe", p, m).in_flight(stage) == m
+        assert make_schedule("1f1b", p, m).in_flight(stage) == p - stage
+        h1 = make_schedule("zb-h1", p, m)
+        assert (h1.in_flight(stage), h1.deferred(stage), h1.held(stage)) == (p - stage, min(stage + 1, m), p)
+        folded = make_schedule("zb-v", p, m, 2)
+        assert folded.in_flight(stage) == folded.held(stage) == 2 * p
+        assert make_schedule("dualpipe-v", p, m, 2).held(stage) == 2 * p + 1
+    # Section 2.2.2 of arXiv 2104.04473: the same as 1F1B plus (p - 1) / (p v) of it.
+    assert make_schedule("interleaved", p, m, 2).in_flight(0) == 2 * p + p - 1
 
 
 def test_a_layout_without_pipeline_runs_its_micro_batches_in_turn() -> None:
     schedule = layout_schedule(Layout(dp=4), 3)
-    assert [str(action) for [*actions] in schedule.actions for action in actions] == ["F0", "B0", "F1", "B1", "F2", "B2"]
+    assert words(schedule) == ["F0 B0 F1 B1 F2 B2"]
     assert schedule.in_flight(0) == 1
     assert layout_schedule(Layout(pp=4, schedule="gpipe"), 3) == make_schedule("gpipe", 4, 3)
-
-
-def test_a_schedule_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(UserError, match=r"unknown pipeline schedule '1f1p': did you mean 1f1b.*legal: gpipe, 1f1b"):
-        make_schedule("1f1p", 2, 2)
-    with pytest.raises(UserError, match="at least 1 micro-batch, got 0"):
-        make_schedule("1f1b", 2, 0)
-
-
-# --- the checker
-
-
-@st.composite
-def schedules(draw: st.DrawFn) -> tuple[Schedule, int, int]:
-    """A schedule, and one action in it by stage and position."""
-    schedule = make_schedule(draw(NAMES), draw(st.integers(1, 5)), draw(st.integers(1, 6)))
-    stage = draw(st.integers(0, schedule.stages - 1))
-    return schedule, stage, draw(st.integers(0, len(schedule.actions[stage]) - 1))
-
-
-@settings(deadline=None)
-@given(schedules())
-def test_a_missing_action_is_refused(case: tuple[Schedule, int, int]) -> None:
-    schedule, stage, at = case
-    actions = list(schedule.actions[stage])
-    del actions[at]
-    refusal(with_stage(schedule, stage, actions))
-
-
-@settings(deadline=None)
-@given(schedules(), st.data())
-def test_a_repeated_action_is_refused(case: tuple[Schedule, int, int], data: st.DataObject) -> None:
-    schedule, stage, at = case
-    actions = list(schedule.actions[stage])
-    actions.insert(data.draw(st.integers(at + 1, len(actions))), actions[at])
-    assert f"stage {stage} does {actions[at]} twice" in refusal(with_stage(schedule, stage, actions))
-
-
-@settings(deadline=None)
-@given(schedules())
-def test_a_stage_run_backwards_is_refused(case: tuple[Schedule, int, int]) -> None:
-    schedule, stage, _ = case
-    assert f"stage {stage} does" in refusal(with_stage(schedule, stage, list(reversed(schedule.actions[stage]))))
-
-
-@settings(deadline=None)
-@given(schedules(), st.data())
-def test_an_action_in_front_of_what_it_needs_is_refused(case: tuple[Schedule, int, int], data: st.DataObject) -> None:
-    schedule, stage, at = case
-    actions = list(schedule.actions[stage])
-    action = actions.pop(at)
-    needs = {
-        Kind.BACKWARD: Kind.FORWARD,
-        Kind.SEND_FORWARD: Kind.FORWARD,
-        Kind.SEND_BACKWARD: Kind.BACKWARD,
-        **({Kind.FORWARD: Kind.RECV_FORWARD} if stage else {}),
-    }
-    assume(action.kind in needs)
-    needed = actions.index(Action(needs[action.kind], action.micro_batch))
-    actions.insert(data.draw(st.integers(0, needed)), action)
-    assert f"stage {stage} does {action} before" in refusal(with_stage(schedule, stage, actions))
-
-
-@settings(deadline=None)
-@given(schedules())
-def test_an_action_for_another_micro_batch_is_refused(case: tuple[Schedule, int, int]) -> None:
-    schedule, stage, at = case
-    actions = list(schedule.actions[stage])
-    actions[at] = Action(actions[at].kind, schedule.micro_batches)
-    refusal(with_stage(schedule, stage, actions))
-
-
-def test_a_micro_batch_that_is_not_there_is_refused_though_every_stage_runs_it() -> None:
-    renamed = tuple(
-        tuple(Action(a.kind, 7 if a.micro_batch == 1 else a.micro_batch) for a in actions)
-        for actions in make_schedule("1f1b", 2, 3).actions
-    )
-    assert "stage 0" in refusal(Schedule("renamed", 3, renamed))
+    assert layout_schedule(Layout(pp=2, chunks=3, schedule="interleaved"), 4) == make_schedule("interleaved", 2, 4, 3)
 
 
 @pytest.mark.parametrize(
-    ("stages", "stuck"),
+    ("shape", "said"),
     [
-        # Each waits for what the other sends only afterwards.
-        (("F0 rB0 B0 sF0", "rF0 F0 B0 sB0"), ("stage 0 waits in rB0", "stage 1 waits in rF0")),
-        # Stage 0 is by far not ready to take the gradient that stage 1 hands over before it takes more.
-        (
-            ("F0 sF0 F1 sF1 F2 sF2 F3 sF3 rB0 B0 rB1 B1 rB2 B2 rB3 B3", "rF0 F0 B0 sB0 rF1 F1 B1 sB1 rF2 F2 B2 sB2 rF3 F3 B3 sB3"),
-            ("stage 0 waits in sF2", "stage 1 waits in sB0"),
-        ),
-        # The last stage sends on to nobody.
-        (("F0 sF0 rB0 B0", "rF0 F0 sF0 B0 sB0"), ("stage 1 waits in sF0",)),
-        # Three stages, the middle one out of step with the last.
-        (
-            ("F0 sF0 F1 sF1 rB0 B0 rB1 B1", "rF0 F0 sF0 rF1 F1 rB0 B0 sB0 sF1 rB1 B1 sB1", "rF0 F0 rF1 F1 B0 sB0 B1 sB1"),
-            ("stage 1 waits in rB0", "stage 2 waits in rF1"),
-        ),
+        (("1f1p", 2, 2, 1), "unknown pipeline schedule '1f1p': did you mean 1f1b.*legal: gpipe, 1f1b"),
+        (("1f1b", 2, 0, 1), "at least 1 micro-batch, got 0"),
+        (("interleaved", 4, 6, 2), "6 is not a multiple of 4 stages; try 4 or 8"),
+        (("interleaved", 4, 3, 2), "3 is not a multiple of 4 stages; try 4$"),
+        (("interleaved", 4, 8, 1), "at least 2 chunks a stage, got 1"),
+        (("dualpipe-v", 4, 7, 2), "dualpipe-v needs at least 2 x 4 stages = 8 micro-batches, got 7"),
+        (("zb-v", 4, 8, 1), "zb-v holds 2 chunks a stage, got 1"),
+        (("1f1b", 4, 8, 2), "1f1b holds 1 chunk a stage, got 2"),
     ],
-)  # fmt: skip
-def test_a_deadlock_names_the_stages_and_what_they_wait_in(stages: tuple[str, ...], stuck: tuple[str, ...]) -> None:
-    message = refusal(written(*stages))
-    assert "deadlocks" in message
-    for part in stuck:
-        assert part in message
-
-
-def test_neighbours_that_exchange_in_one_batch_do_not_deadlock() -> None:
-    """Both directions are posted together; apart, in the same order on both sides, they would wait for ever."""
-    schedule = make_schedule("1f1b", 3, 4)
-    exchanged = [
-        batch for actions in schedule.actions for batch in batches(actions) if len({a.kind.is_send for a in batch}) == 2
-    ]
-    assert exchanged
-    for actions in schedule.actions:
-        assert [action for batch in batches(actions) for action in batch] == list(actions)
-        assert all(len(batch) == 1 for batch in batches(actions) if batch[0].kind.is_compute)
-
-
-# --- the timeline
-
-
-@settings(deadline=None)
-@given(NAMES, STAGES, MICRO_BATCHES, st.integers(1, 9), st.integers(1, 9))
-def test_the_bubble_is_the_closed_form(name: str, p: int, m: int, forward: int, backward: int) -> None:
-    """(p - 1) / (m + p - 1) of the step for any ratio of forward to backward (arXiv 2104.04473, section 2.2.1)."""
-    timeline = play(make_schedule(name, p, m), [forward] * p, [backward] * p, send=0)
-    assert timeline.end == (m + p - 1) * (forward + backward)
-    assert timeline.bubble == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
-    assert all(timeline.busy(stage) == m * (forward + backward) for stage in range(p))
-
-
-@st.composite
-def priced(draw: st.DrawFn) -> tuple[Schedule, list[int], list[int], int]:
-    stages = draw(st.integers(1, 5))
-    seconds = st.lists(st.integers(1, 9), min_size=stages, max_size=stages)
-    return (
-        make_schedule(draw(NAMES), stages, draw(st.integers(1, 8))),
-        draw(seconds),
-        draw(seconds),
-        draw(st.integers(0, 4)),
-    )
-
-
-@settings(deadline=None)
-@given(priced())
-def test_nothing_starts_before_its_input_arrives_or_while_the_stage_is_busy(
-    case: tuple[Schedule, list[int], list[int], int],
-) -> None:
-    schedule, forward, backward, send = case
-    timeline = play(schedule, forward, backward, send)
-    ends = {(s.stage, s.kind, s.micro_batch): s.end for s in timeline.spans}
-    assert len(ends) == len(timeline.spans) == 2 * schedule.stages * schedule.micro_batches
-    for stage in range(schedule.stages):
-        its = [span for span in timeline.spans if span.stage == stage]
-        assert [(s.kind, s.micro_batch) for s in its] == [
-            (a.kind, a.micro_batch) for a in schedule.actions[stage] if a.kind.is_compute
-        ]
-        assert all(one.end <= other.start for one, other in pairwise(its))
-        for span in its:
-            assert span.end - span.start == (forward if span.kind is Kind.FORWARD else backward)[stage]
-            source = stage - 1 if span.kind is Kind.FORWARD else stage + 1
-            if 0 <= source < schedule.stages:
-                assert span.start >= ends[source, span.kind, span.micro_batch] + send
-            elif span.kind is Kind.BACKWARD:
-                assert span.start >= ends[stage, Kind.FORWARD, span.micro_batch]
-
-
-@settings(deadline=None)
-@given(priced())
-def test_the_step_is_never_shorter_than_its_bounds(case: tuple[Schedule, list[int], list[int], int]) -> None:
-    schedule, forward, backward, send = case
-    timeline = play(schedule, forward, backward, send)
-    m, p = schedule.micro_batches, schedule.stages
-    assert timeline.end >= m * max(f + b for f, b in zip(forward, backward, strict=True))
-    assert timeline.end >= sum(forward) + sum(backward) + 2 * (p - 1) * send
-    assert 0 <= timeline.bubble < 1
-    slower = play(schedule, [f + 1 for f in forward], backward, send)
-    assert slower.end > timeline.end
+)
+def test_a_schedule_that_does_not_exist_is_refused(shape: Shape, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make_schedule(*shape)
 
 
 # --- which layers a stage holds

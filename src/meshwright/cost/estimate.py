@@ -12,7 +12,7 @@ from meshwright.cost.kernels import Kernels
 from meshwright.cost.memory import StageMemory, passing_bytes, stage_memory, state_bytes
 from meshwright.cost.ops import Attention, Collective, Elementwise, Gemm, Op, Piece, Under
 from meshwright.cost.program import Pieces, Place, Program, boundary, rank_program, stage_pieces
-from meshwright.cost.timeline import Timeline, play
+from meshwright.cost.timeline import ChunkSeconds, Timeline, play
 from meshwright.cost.traffic import step_collectives
 from meshwright.schedule.orders import layout_schedule, peak_in_flight
 from meshwright.schedule.stages import distinct_stages, stage_layers
@@ -151,7 +151,7 @@ class Estimator:
         send = self.send_seconds(layout)
         alone = [self._passing(self.durations(p.pieces, layout, shared=False), *self._sharding(p)) for p in programs]
         floor = self._shared_floor(layout, [(programs[stage].pieces, count) for stage, count in kinds])
-        timeline = play(schedule, [d.forward for d in alone], [d.backward for d in alone], send)
+        timeline = play(schedule, [[ChunkSeconds(d.forward, d.backward)] for d in alone], send)
         end = max(self._step_end(p, layout, d) for p, d in zip(programs, alone, strict=True))
         step = max(timeline.end, floor) + end
         # Between fill and drain a send runs beside computation; filling and draining wait for one hop a stage each.

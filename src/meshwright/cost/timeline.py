@@ -5,16 +5,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from meshwright.schedule.actions import Kind, Schedule
+from meshwright.schedule.actions import Action, Kind, Schedule
+from meshwright.schedule.clock import run_clock, source_of
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSeconds:
+    """Seconds of one micro-batch on one chunk."""
+
+    forward: float
+    backward: float
+    """The whole backward."""
+    weight: float | None = None
+    """The part of the backward that a split backward puts off; None where no schedule asks for it."""
+
+    def of(self, kind: Kind) -> float:
+        if kind is Kind.FORWARD:
+            return self.forward
+        if kind is Kind.BACKWARD:
+            return self.backward
+        assert self.weight is not None, "a split backward needs the seconds of the weight gradients"
+        return self.weight if kind is Kind.BACKWARD_WEIGHT else self.backward - self.weight
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One computation: `kind` of `micro_batch` on `stage` from `start` to `end` seconds."""
+    """One computation: `kind` of `micro_batch` on `chunk` of `stage` from `start` to `end` seconds."""
 
     stage: int
     kind: Kind
     micro_batch: int
+    chunk: int
     start: float
     end: float
 
@@ -29,7 +50,16 @@ class Timeline:
         return max(span.end for span in self.spans)
 
     def busy(self, stage: int) -> float:
+        """Seconds in which the stage computes."""
         return sum(span.end - span.start for span in self.spans if span.stage == stage)
+
+    def idle(self, stage: int) -> float:
+        """Seconds in which the stage waits between its first computation and its last.
+
+        The papers on zero bubbles count this: a stage that starts late and ends as much later loses nothing to the next step.
+        """
+        its = [span for span in self.spans if span.stage == stage]
+        return max(span.end for span in its) - min(span.start for span in its) - self.busy(stage)
 
     @property
     def bubble(self) -> float:
@@ -37,33 +67,53 @@ class Timeline:
         return 1 - sum(self.busy(stage) for stage in range(self.stages)) / (self.stages * self.end)
 
 
-def play(schedule: Schedule, forward: Sequence[float], backward: Sequence[float], send: float) -> Timeline:
-    """`forward[stage]` and `backward[stage]` seconds of one micro-batch; `send` seconds from a stage to its neighbour.
+def play(schedule: Schedule, seconds: Sequence[Sequence[ChunkSeconds]], send: float) -> Timeline:
+    """`seconds[stage][chunk]` of one micro-batch; `send` seconds from a stage to another.
 
-    Sends do not hold up the sender; a computation waits for the arrival of its input.
+    Sends do not hold up the sender; a computation waits for the arrival of its input. What a stage hands over to itself is there
+    at once.
     """
-    duration = {Kind.FORWARD: forward, Kind.BACKWARD: backward}
-    computes = [[a for a in actions if a.kind.is_compute] for actions in schedule.actions]
-    at, clock = [0] * schedule.stages, [0.0] * schedule.stages
-    done: dict[tuple[int, Kind, int], float] = {}
-    spans: list[Span] = []
-    moved = True
-    while moved:
-        moved = False
-        for stage, actions in enumerate(computes):
-            while at[stage] < len(actions):
-                action = actions[at[stage]]
-                source = stage - 1 if action.kind is Kind.FORWARD else stage + 1
-                ready = 0.0
-                if 0 <= source < schedule.stages:
-                    finished = done.get((source, action.kind, action.micro_batch))
-                    if finished is None:
-                        break
-                    ready = finished + send
-                start = max(clock[stage], ready)
-                end = start + duration[action.kind][stage]
-                clock[stage] = done[stage, action.kind, action.micro_batch] = end
-                spans.append(Span(stage, action.kind, action.micro_batch, start, end))
-                at[stage] += 1
-                moved = True
-    return Timeline(tuple(spans), schedule.stages)
+    turns = run_clock(schedule, lambda stage, action: seconds[stage][action.chunk].of(action.kind), send)
+    return Timeline(
+        tuple(Span(stage, a.kind, a.micro_batch, a.chunk, start, end) for stage, a, start, end in turns), schedule.stages
+    )
+
+
+def lockstep_utilisation(schedule: Schedule) -> list[float]:
+    """The share of stages that do anything, by time step, when a stage may do one forward and one backward in the same step.
+
+    This is the convention behind the utilisation figures that are often shown, 25, 50, 75, 100, 75, 75, 100, 75, 50, 25 % for 4
+    stages and 4 micro-batches. A result is there for other stages in the next step; the end of the model runs a micro-batch
+    backward in the step of its forward. Forwards keep their order, and backwards theirs, but neither waits for the other, so
+    GPipe and 1F1B look alike. That is not how a device spends its time, since it does one thing at a time: see `play`.
+    Weight gradients of a split backward count with the backwards.
+    """
+    waiting = [
+        [[a for a in actions if a.kind.is_compute and (a.kind is Kind.FORWARD) == forward] for forward in (True, False)]
+        for actions in schedule.actions
+    ]
+    done: dict[tuple[int, int, bool], int] = {}
+    shares: list[float] = []
+    while any(queue for queues in waiting for queue in queues):
+        step, active = len(shares), set()
+        for forward in (True, False):
+            for stage, queues in enumerate(waiting):
+                queue = queues[not forward]
+                if queue and _is_ready(schedule, stage, queue[0], done, step):
+                    action = queue.pop(0)
+                    if action.kind is not Kind.BACKWARD_WEIGHT:
+                        done[schedule.placement[stage][action.chunk], action.micro_batch, forward] = step
+                    active.add(stage)
+        shares.append(len(active) / schedule.stages)
+    return shares
+
+
+def _is_ready(schedule: Schedule, stage: int, action: Action, done: dict[tuple[int, int, bool], int], step: int) -> bool:
+    """Whether the input of `action` was there before `step`, and its own forward not after it."""
+    forward, place = action.kind is Kind.FORWARD, schedule.placement[stage][action.chunk]
+    if not forward and (place, action.micro_batch, True) not in done:
+        return False
+    source = source_of(schedule, stage, action)
+    if source is None:
+        return True
+    return done.get((schedule.placement[source[0]][source[1]], action.micro_batch, forward), step) < step

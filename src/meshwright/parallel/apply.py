@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from meshwright.models.attention import Where
 from meshwright.models.decoder import Decoder, cross_entropy
 from meshwright.models.mlp import SharedInput
 from meshwright.models.moe import MoE
 from meshwright.models.routing import Balance
 from meshwright.parallel.balance import apply_balance, summed_load, update_selection_bias
+from meshwright.parallel.context import ContextParallelCore, cut_tokens, cut_where
 from meshwright.parallel.data import PARAMETER_DTYPE, DataParallel
 from meshwright.parallel.expert import apply_expert_parallel
 from meshwright.parallel.linear import Linear, Linears, WeightGradients
@@ -88,11 +90,9 @@ class Engine:
 
     def _share(self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None) -> MicroBatch:
         """This cp rank's tokens of whole sequences."""
-        from meshwright.models.attention import Where
         layout, index = self.mesh.layout, self.mesh["cp"].index
         if layout.cp == 1:
             return MicroBatch(tokens, labels, Where(documents_BS=documents))
-        from meshwright.parallel.context import cut_tokens, cut_where
         where = cut_where(documents, tokens.shape[1], layout, index, tokens.device)
         return MicroBatch(cut_tokens(tokens, layout, index), cut_tokens(labels, layout, index), where)
 
@@ -225,7 +225,6 @@ def _boundary(model: Model, workload: Workload, mesh: Mesh) -> tuple[int, ...]:
 
 
 def _split_attention(decoder: Decoder, mesh: Mesh) -> None:
-    from meshwright.parallel.context import ContextParallelCore
     for layer in decoder.layers.values():
         layer.attention.core = ContextParallelCore(layer.attention.core, mesh["ring"], mesh["ulysses"])
 

@@ -38,10 +38,11 @@ class Later:
         self._products.append(product)
 
     def run(self) -> None:
-        """Compute them, once."""
+        """Compute them, once: outside of autograd, where they came up."""
         products, self._products = self._products, []
-        for product in products:
-            product()
+        with torch.no_grad():
+            for product in products:
+                product()
 
     def __len__(self) -> int:
         return len(self._products)

@@ -1,18 +1,24 @@
-"""Runs a stage's action list: the executor of `schedule/`, for pipelines of one stage and more."""
+"""Runs a stage's action list: the executor of `schedule/`, for every schedule, and for one stage as for many."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meshwright.models.attention import EVERYWHERE, Where
 from meshwright.parallel.collectives import Group
-from meshwright.parallel.linear import WeightGradients
+from meshwright.parallel.linear import Later, WeightGradients
 from meshwright.schedule.actions import Action, Kind, Schedule
 from meshwright.schedule.check import batches
+
+MOST_LEAVING = 8
+"""Sends whose tensors are kept without asking whether they are through."""
+
 
 class MicroBatch(NamedTuple):
     """Token ids [B, L], labels [B, L] (label -100 is ignored) and where the tokens stand."""
@@ -25,8 +31,13 @@ class MicroBatch(NamedTuple):
 class Pipeline:
     """One stage's part of a pipelined forward and backward.
 
-    `loss`: (logits, labels) to the sum of the loss over tokens, on the last stage. `boundary`: shape of the hidden states that
-    cross a stage boundary on this rank. `on_last_backward` is called before the step's last backward.
+    `chunks`: this stage's, called as chunk(x, where); the one at the beginning of the model takes token ids, the one at its end
+    gives what `loss` takes: (logits, labels) to the sum of the loss over tokens. `boundary` and `dtype`: of the hidden states that
+    cross a stage boundary on this rank. `group`: the stages.
+
+    Where the schedule splits the backward, its first half computes everything but the products that `weights` puts off, the weight
+    gradients of linears; the second half computes these. The gradients of norms, biases and embeddings are small, and come with
+    the first half.
     """
 
     def __init__(
@@ -39,80 +50,120 @@ class Pipeline:
         dtype: torch.dtype,
         weights: WeightGradients,
     ):
-        self.stage, self.group, self.loss, self.boundary, self.dtype = chunks[0], group, loss, boundary, dtype
-        actions = schedule.actions[group.index]
-        self.work = batches(actions)
-        self.micro_batches = schedule.micro_batches
-        self._last_backward = next(a for a in reversed(actions) if a.kind is Kind.BACKWARD)
-        self.is_first, self.is_last = group.index == 0, group.index == group.size - 1
+        assert (len(chunks), group.size) == (schedule.chunks, schedule.stages)
+        self.chunks, self.schedule, self.group, self.loss, self.weights = chunks, schedule, group, loss, weights
+        self.boundary, self.dtype = boundary, dtype
+        self.work = batches(schedule.actions[group.index])
         self.loss_dtype = torch.promote_types(dtype, torch.float32)
 
     def run(self, data: Sequence[MicroBatch], scale: Tensor) -> Tensor:
         """One step over `data`; gradients are of `scale` times the summed loss.
 
-        Returns the summed, scaled loss on the last stage and zero elsewhere.
+        Returns the summed, scaled loss on the stage that holds the end of the model, and zero elsewhere.
         """
-        if len(data) != self.micro_batches:
-            raise ValueError(f"the schedule runs {self.micro_batches} micro-batches, got {len(data)}")
+        if len(data) != self.schedule.micro_batches:
+            raise ValueError(f"the schedule runs {self.schedule.micro_batches} micro-batches, got {len(data)}")
         step = _Step(self, data, scale)
+        compute = {
+            Kind.FORWARD: step.forward,
+            Kind.BACKWARD: step.backward,
+            Kind.BACKWARD_INPUT: step.backward_input,
+            Kind.BACKWARD_WEIGHT: step.backward_weight,
+        }
         for batch in self.work:
-            action = batch[0]
-            if action.kind is Kind.FORWARD:
-                step.forward(action.micro_batch)
-            elif action.kind is Kind.BACKWARD:
-                step.backward(action.micro_batch)
+            if batch[0].kind.is_compute:
+                compute[batch[0].kind](batch[0])
             else:
                 step.communicate(batch)
         step.drain()
         return step.total
 
 
+Part = tuple[int, int]
+"""(micro-batch, chunk)."""
+
+
 class _Step:
-    """The tensors in flight during one step."""
+    """The tensors in flight during one step.
+
+    Of a forward that is through, only its input and its graph are kept: the output goes as soon as it is with the next chunk.
+    """
 
     def __init__(self, pipeline: Pipeline, data: Sequence[MicroBatch], scale: Tensor):
         self.pipeline, self.data, self.scale = pipeline, data, scale
-        self.device = data[0][0].device
-        self.inputs: dict[int, Tensor] = {}
-        self.outputs: dict[int, Tensor] = {}
-        self.gradients: dict[int, Tensor] = {}
+        self.schedule, self.stage = pipeline.schedule, pipeline.group.index
+        self.device = data[0].tokens.device
+        self.inputs: dict[Part, Tensor] = {}
+        self.gradients: dict[Part, Tensor] = {}
+        """Of outputs."""
+        self.graphs: dict[Part, Tensor | GradientEdge] = {}
+        """Where the backward begins: the loss, or the place of the output in its graph."""
+        self.deferred: dict[Part, Later] = {}
+        self.outgoing: dict[Action, Tensor] = {}
         self.arriving: dict[Action, torch.distributed.Work] = {}
-        self.leaving: list[tuple[torch.distributed.Work, Tensor]] = []
+        self.leaving: deque[tuple[torch.distributed.Work, Tensor]] = deque()
         self.total = torch.zeros((), dtype=pipeline.loss_dtype, device=self.device)
 
-    def forward(self, i: int) -> None:
-        pipeline = self.pipeline
+    def forward(self, action: Action) -> None:
+        i, chunk = part = action.micro_batch, action.chunk
         tokens, labels, where = self.data[i]
-        if pipeline.is_first:
-            x = tokens
-        else:
-            self._arrive(Action(Kind.RECV_FORWARD, i))
-            x = self.inputs[i].requires_grad_()
-        out = pipeline.stage(x, where)
-        if pipeline.is_last:
-            out = pipeline.loss(out, labels) * self.scale
+        x = tokens
+        if not self.schedule.is_first(self.stage, chunk):
+            self._arrive(action.of(Kind.RECV_FORWARD))
+            x = self.inputs[part].requires_grad_()
+        out = self.pipeline.chunks[chunk](x, where)
+        if self.schedule.is_last(self.stage, chunk):
+            out = self.pipeline.loss(out, labels) * self.scale
             self.total += out.detach()
-        self.outputs[i] = out
+            self.graphs[part] = out
+            return
+        self.graphs[part] = get_gradient_edge(out)
+        after = self.schedule.after(self.stage, chunk)
+        assert after is not None
+        if after[0] == self.stage:
+            self.inputs[i, after[1]] = out.detach()
+        else:
+            self.outgoing[action.of(Kind.SEND_FORWARD)] = out.detach().contiguous()
 
-    def backward(self, i: int) -> None:
+    def backward(self, action: Action) -> None:
+        i, chunk = part = action.micro_batch, action.chunk
         gradient = None
-        if not self.pipeline.is_last:
-            self._arrive(Action(Kind.RECV_BACKWARD, i))
-            gradient = self.gradients.pop(i)
-        torch.autograd.backward(self.outputs.pop(i), gradient)
+        if not self.schedule.is_last(self.stage, chunk):
+            self._arrive(action.of(Kind.RECV_BACKWARD))
+            gradient = self.gradients.pop(part)
+        torch.autograd.backward(self.graphs.pop(part), gradient)
+        before = self.schedule.before(self.stage, chunk)
+        if before is None:
+            return
+        gradient = self.inputs.pop(part).grad
+        assert gradient is not None
+        if before[0] == self.stage:
+            self.gradients[i, before[1]] = gradient
+        else:
+            self.outgoing[action.of(Kind.SEND_BACKWARD)] = gradient
+
+    def backward_input(self, action: Action) -> None:
+        with self.pipeline.weights.deferred() as later:
+            self.backward(action)
+        self.deferred[action.micro_batch, action.chunk] = later
+
+    def backward_weight(self, action: Action) -> None:
+        self.deferred.pop((action.micro_batch, action.chunk)).run()
 
     def communicate(self, batch: tuple[Action, ...]) -> None:
-        here = self.pipeline.group.index
-        sends = [(self._outgoing(a), here + a.kind.step) for a in batch if a.kind.is_send]
+        """Post a batch of sends and receives; nothing is waited for but what was sent long ago."""
+        self._let_go()
+        sends = [(self.outgoing.pop(a), self.schedule.peer(self.stage, a)) for a in batch if a.kind.is_send]
         arrivals = [a for a in batch if not a.kind.is_send]
         buffers = [torch.empty(self.pipeline.boundary, dtype=self.pipeline.dtype, device=self.device) for _ in arrivals]
-        receives = [(buffer, here + a.kind.step) for a, buffer in zip(arrivals, buffers, strict=True)]
+        receives = [(buffer, self.schedule.peer(self.stage, a)) for a, buffer in zip(arrivals, buffers, strict=True)]
         works = self.pipeline.group.exchange(sends, receives)
         if len(works) == 1 and len(batch) > 1:  # NCCL coalesces a batch into one handle
             works = works * len(batch)
         self.leaving += [(work, tensor) for work, (tensor, _) in zip(works, sends, strict=False)]
         for action, buffer, work in zip(arrivals, buffers, works[len(sends) :], strict=True):
-            (self.inputs if action.kind is Kind.RECV_FORWARD else self.gradients)[action.micro_batch] = buffer
+            kept = self.inputs if action.kind is Kind.RECV_FORWARD else self.gradients
+            kept[action.micro_batch, action.chunk] = buffer
             self.arriving[action] = work
 
     def drain(self) -> None:
@@ -120,12 +171,14 @@ class _Step:
         for work, _ in self.leaving:
             work.wait()
 
-    def _arrive(self, action: Action) -> None:
-        self.arriving.pop(action).wait()
+    def _arrive(self, receive: Action) -> None:
+        """Wait for what comes from another stage; what the stage handed over to itself is there."""
+        work = self.arriving.pop(receive, None)
+        if work is not None:
+            work.wait()
 
-    def _outgoing(self, action: Action) -> Tensor:
-        if action.kind is Kind.SEND_FORWARD:
-            return self.outputs[action.micro_batch].detach()
-        gradient = self.inputs.pop(action.micro_batch).grad
-        assert gradient is not None
-        return gradient
+    def _let_go(self) -> None:
+        """Drop the tensors that have been sent. gloo only says so when asked to wait, which is safe: the schedule does not deadlock
+        even if every send is waited for (`schedule/check.py`)."""
+        while self.leaving and (len(self.leaving) > MOST_LEAVING or self.leaving[0][0].is_completed()):
+            self.leaving.popleft()[0].wait()

@@ -1,4 +1,7 @@
-"""The schedules themselves: GPipe and 1F1B."""
+"""The schedules themselves, by name; GPipe, 1F1B and interleaved 1F1B.
+
+An order says what a stage computes; `communication.py` puts in what it sends and receives.
+"""
 
 from __future__ import annotations
 
@@ -6,85 +9,117 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from meshwright.schedule.actions import Action, Kind, Schedule
+from meshwright.schedule.communication import with_communication
+from meshwright.schedule.dualpipe import dualpipe_v
+from meshwright.schedule.stages import FOLDED, placement
+from meshwright.schedule.zero_bubble import zb_h1, zb_v
 from meshwright.spec.errors import UserError, choices
 from meshwright.spec.layout import Layout
 
 
 @lru_cache(maxsize=256)
-def make_schedule(name: str, stages: int, micro_batches: int) -> Schedule:
-    """The action lists of the named schedule. Raises UserError for a name without one."""
-    if micro_batches < 1:
-        raise UserError(f"a schedule needs at least 1 micro-batch, got {micro_batches}")
+def make_schedule(name: str, stages: int, micro_batches: int, chunks: int = 1) -> Schedule:
+    """The action lists of the named schedule, `chunks` chunks on each of `stages` stages.
+
+    Raises UserError for a name without one, and for chunks or micro-batches that the schedule is not made for.
+    """
     if name not in _ORDERS:
         raise choices(name, _ORDERS, "pipeline schedule")
-    actions = tuple(tuple(_ORDERS[name](stage, stages, micro_batches)) for stage in range(stages))
-    return Schedule(name, micro_batches, actions)
+    _check_chunks(name, chunks)
+    check_micro_batches(name, stages, micro_batches)
+    orders = [_ORDERS[name](stage, stages, micro_batches, chunks) for stage in range(stages)]
+    return with_communication(name, micro_batches, orders, placement(name, stages, chunks))
 
 
 def layout_schedule(layout: Layout, micro_batches: int) -> Schedule:
     """The schedule a layout runs; without a pipeline, forward and backward of each micro-batch in turn."""
-    return make_schedule(layout.schedule, layout.pp, micro_batches)
+    return make_schedule(layout.schedule, layout.pp, micro_batches, layout.chunks)
 
 
-def peak_in_flight(name: str, stage: int, stages: int, micro_batches: int) -> int:
-    """`Schedule.in_flight` in closed form, for pricing many layouts."""
-    return micro_batches if name == "gpipe" else min(micro_batches, stages - stage)
+def check_micro_batches(name: str, stages: int, micro_batches: int) -> None:
+    """Raise UserError for micro-batches that the named schedule cannot run on so many stages."""
+    if micro_batches < 1:
+        raise UserError(f"a schedule needs at least 1 micro-batch, got {micro_batches}")
+    if name == "interleaved" and micro_batches % stages:
+        below = micro_batches // stages * stages
+        near = f"{below} or {below + stages}" if below else f"{stages}"
+        raise UserError(
+            f"schedule interleaved takes micro-batches in rounds of one a stage: {micro_batches} is not a multiple of "
+            f"{stages} stages; try {near}"
+        )
+    if name == "dualpipe-v" and micro_batches < 2 * stages:
+        raise UserError(
+            f"schedule dualpipe-v needs at least 2 x {stages} stages = {2 * stages} micro-batches, got {micro_batches}"
+        )
 
 
-def _gpipe(stage: int, stages: int, m: int) -> list[Action]:
+def peak_in_flight(name: str, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> int:
+    """`Schedule.in_flight`, in chunks, in closed form, for pricing many layouts."""
+    m = micro_batches
+    if name == "gpipe":
+        return m
+    if name == "interleaved":
+        return min(m * chunks, 2 * (stages - 1 - stage) + (chunks - 1) * stages + 1)
+    if name == "zb-v":
+        return min(2 * m, m + 1 + stage, 2 * stages)
+    if name == "dualpipe-v":
+        return 2 * stages + 1
+    return min(m, stages - stage)
+
+
+def _check_chunks(name: str, chunks: int) -> None:
+    if name == "interleaved":
+        if chunks < 2:
+            raise UserError(f"schedule interleaved needs at least 2 chunks a stage, got {chunks}; with 1 it is 1f1b")
+    elif chunks != (legal := 2 if name in FOLDED else 1):
+        raise UserError(f"schedule {name} holds {legal} chunk{'s'[: legal - 1]} a stage, got {chunks}")
+
+
+def _gpipe(stage: int, stages: int, m: int, chunks: int) -> list[Action]:
     """All forwards, then all backwards (Huang et al. 2019, arXiv 1811.06965)."""
-    out: list[Action] = []
-    for i in range(m):
-        out += _forward(i, stage, stages)
-    for i in range(m):
-        out += _backward(i, stage, stages)
-    return out
+    return [Action(Kind.FORWARD, i) for i in range(m)] + [Action(Kind.BACKWARD, i) for i in range(m)]
 
 
-def _one_forward_one_backward(stage: int, stages: int, m: int) -> list[Action]:
+def _one_forward_one_backward(stage: int, stages: int, m: int, chunks: int) -> list[Action]:
     """PipeDream-flush (Narayanan et al. 2021, arXiv 2104.04473, section 2.2.1).
 
     After `stages - 1 - stage` warm-up forwards, forwards and backwards alternate, so a stage never holds more than
-    `stages - stage` micro-batches. Neighbours exchange both directions in one batch of sends and receives.
+    `stages - stage` micro-batches.
     """
-    first, last = stage == 0, stage == stages - 1
-    warm_up = min(m, stages - 1 - stage)
-    out: list[Action] = []
-    for i in range(warm_up):
-        out += _forward(i, stage, stages)
-    steady = m - warm_up
-    if steady and not first:
-        out.append(Action(Kind.RECV_FORWARD, warm_up))
-    for i in range(steady):
-        out.append(Action(Kind.FORWARD, warm_up + i))
-        if not last:
-            out += [Action(Kind.SEND_FORWARD, warm_up + i), Action(Kind.RECV_BACKWARD, i)]
-        out.append(Action(Kind.BACKWARD, i))
-        if not first:
-            out.append(Action(Kind.SEND_BACKWARD, i))
-            if i < steady - 1:
-                out.append(Action(Kind.RECV_FORWARD, warm_up + i + 1))
-    for i in range(steady, m):
-        out += _backward(i, stage, stages)
-    return out
+    forwards = [Action(Kind.FORWARD, i) for i in range(m)]
+    return _alternate(forwards, [Action(Kind.BACKWARD, i) for i in range(m)], min(m, stages - 1 - stage))
 
 
-def _forward(i: int, stage: int, stages: int) -> list[Action]:
-    out = [Action(Kind.FORWARD, i)]
-    if stage > 0:
-        out.insert(0, Action(Kind.RECV_FORWARD, i))
-    if stage < stages - 1:
-        out.append(Action(Kind.SEND_FORWARD, i))
-    return out
+def _interleaved(stage: int, stages: int, m: int, chunks: int) -> list[Action]:
+    """Interleaved 1F1B (arXiv 2104.04473, section 2.2.2): `stages` micro-batches through the first chunk, the same through the
+    next, and so on; backwards likewise from the last chunk. The bubble is 1F1B's divided by `chunks`.
+
+    A stage's warm-up takes the first round through all chunks but the last, and then two forwards more than the stage after it.
+    """
+    turns = range(m * chunks)
+    micro_batch = [turn // (stages * chunks) * stages + turn % stages for turn in turns]
+    chunk = [turn // stages % chunks for turn in turns]
+    forwards = [Action(Kind.FORWARD, micro_batch[turn], chunk[turn]) for turn in turns]
+    backwards = [Action(Kind.BACKWARD, micro_batch[turn], chunks - 1 - chunk[turn]) for turn in turns]
+    return _alternate(forwards, backwards, min(m * chunks, 2 * (stages - 1 - stage) + (chunks - 1) * stages))
 
 
-def _backward(i: int, stage: int, stages: int) -> list[Action]:
-    out = [Action(Kind.BACKWARD, i)]
-    if stage < stages - 1:
-        out.insert(0, Action(Kind.RECV_BACKWARD, i))
-    if stage > 0:
-        out.append(Action(Kind.SEND_BACKWARD, i))
-    return out
+def _alternate(forwards: list[Action], backwards: list[Action], warm_up: int) -> list[Action]:
+    """`warm_up` forwards, then one forward and one backward in turn, then the backwards that are left."""
+    out = forwards[:warm_up]
+    for forward, backward in zip(forwards[warm_up:], backwards, strict=False):
+        out += [forward, backward]
+    return out + backwards[len(backwards) - warm_up :]
 
 
-_ORDERS: dict[str, Callable[[int, int, int], list[Action]]] = {"gpipe": _gpipe, "1f1b": _one_forward_one_backward}
+Order = Callable[[int, int, int, int], list[Action]]
+"""(stage, stages, micro-batches, chunks) to the stage's computations."""
+
+_ORDERS: dict[str, Order] = {
+    "gpipe": _gpipe,
+    "1f1b": _one_forward_one_backward,
+    "interleaved": _interleaved,
+    "zb-h1": zb_h1,
+    "zb-v": zb_v,
+    "dualpipe-v": dualpipe_v,
+}

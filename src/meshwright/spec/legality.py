@@ -5,13 +5,13 @@ from __future__ import annotations
 from math import gcd
 
 from meshwright.spec.cluster import Cluster
+from meshwright.spec.context import check_context
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
 from meshwright.spec.precision import STATE_BYTES
 from meshwright.spec.workload import Workload
 
-BUILT_SCHEDULES = ("gpipe", "1f1b")
 BUILT_RECOMPUTES = ("none", "selective", "full")
 
 
@@ -19,6 +19,7 @@ def check_layout(layout: Layout, model: Model, workload: Workload) -> None:
     """Raise UserError for the first thing that does not divide."""
     _check_tensor_parallel(layout, model, workload)
     _check_experts(layout, model, workload)
+    check_context(layout, model, workload.seq)
     if layout.pp * layout.chunks > model.layers:
         raise UserError(
             f"{model.name} has {model.layers} layers, fewer than the {layout.pp * layout.chunks} stages of "
@@ -68,17 +69,11 @@ def micro_batches(layout: Layout, workload: Workload) -> int:
 def refuse_unbuilt(layout: Layout) -> None:
     """A mode that this version would ignore is an error, not a silence."""
     for given, built, what in (
-        (layout.schedule, BUILT_SCHEDULES, "pipeline schedule"),
         (layout.recompute, BUILT_RECOMPUTES, "recompute mode"),
         (layout.precision, tuple(STATE_BYTES), "precision"),
     ):
         if given not in built:
             raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")
-    for axis in ("cp",):
-        if layout.degree(axis) > 1:
-            raise UserError(
-                f"{axis}{layout.degree(axis)}: the {axis} axis is not built yet; this version has dp, tp and pp"
-            )
 
 
 def refuse_unbuilt_model(model: Model) -> None:

@@ -1,0 +1,76 @@
+"""When each computation of a schedule runs, and who waits for whom when it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from meshwright.schedule.actions import Action, Kind, Schedule
+from meshwright.spec.errors import UserError
+
+
+class Turn(NamedTuple):
+    """One computation of `stage`, from `start` to `end`."""
+
+    stage: int
+    action: Action
+    start: float
+    end: float
+
+
+def run_clock(schedule: Schedule, seconds: Callable[[int, Action], float], send: float = 0.0) -> list[Turn]:
+    """Each stage does its computations in order, as soon as their inputs are there; the turns of a stage come in its order.
+
+    `seconds(stage, action)`: how long a computation takes; `send`: how long a tensor takes from stage to stage. Sends do not hold
+    up the sender. Raises UserError when the stages wait for each other.
+    """
+    computes = [[a for a in actions if a.kind.is_compute] for actions in schedule.actions]
+    at, clock = [0] * schedule.stages, [0.0] * schedule.stages
+    done: dict[tuple[int, int, bool], float] = {}
+    turns: list[Turn] = []
+    moved = True
+    while moved:
+        moved = False
+        for stage, actions in enumerate(computes):
+            while at[stage] < len(actions):
+                action, ready = actions[at[stage]], 0.0
+                source = source_of(schedule, stage, action)
+                forward = action.kind is Kind.FORWARD
+                if source is not None:
+                    place = schedule.placement[source[0]][source[1]]
+                    if (place, action.micro_batch, forward) not in done:
+                        break
+                    ready = done[place, action.micro_batch, forward] + (0.0 if source[0] == stage else send)
+                start = max(clock[stage], ready)
+                clock[stage] = end = start + seconds(stage, action)
+                if action.kind is not Kind.BACKWARD_WEIGHT:
+                    done[schedule.placement[stage][action.chunk], action.micro_batch, forward] = end
+                turns.append(Turn(stage, action, start, end))
+                at[stage] += 1
+                moved = True
+    stuck = {stage: actions[at[stage]] for stage, actions in enumerate(computes) if at[stage] < len(actions)}
+    if stuck:
+        raise deadlock(schedule, {stage: (action, source_of(schedule, stage, action)) for stage, action in stuck.items()})
+    return turns
+
+
+def source_of(schedule: Schedule, stage: int, action: Action) -> tuple[int, int] | None:
+    """(stage, chunk) whose output or gradient the computation takes in; None: it needs only what it has."""
+    if action.kind is Kind.FORWARD:
+        return schedule.before(stage, action.chunk)
+    if action.kind.gives_input_gradient:
+        return schedule.after(stage, action.chunk)
+    return None
+
+
+def deadlock(schedule: Schedule, stuck: Mapping[int, tuple[Action, tuple[int, object] | None]]) -> UserError:
+    """The refusal that names the stages that wait for each other: all the others wait for these.
+
+    `stuck[stage]`: what the stage waits in, and the stage that it waits for.
+    """
+    path = [min(stuck)]
+    while (source := stuck[path[-1]][1]) and source[0] in stuck and source[0] not in path:
+        path.append(source[0])
+    root = path[path.index(source[0]) :] if source and source[0] in path else path[-1:]
+    where = "; ".join(f"stage {stage} waits in {stuck[stage][0]}" for stage in sorted(root))
+    return UserError(f"schedule {schedule.name} deadlocks: {where}")
