@@ -565,7 +565,7 @@ def test_stages_with_other_windows_are_priced_apart() -> None:
 
 def test_what_cannot_be_priced_is_refused() -> None:
     for layout, said in (
-        ("cp2", "cp2: the cp axis is not built"),
+        ("fp8", "precision fp8 is not built"),
         ("tp5", "tp 5 does not divide"),
         ("pp33", "32 layers"),
         ("dp3", "does not divide 16"),

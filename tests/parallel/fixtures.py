@@ -76,6 +76,9 @@ SPARSE_LAYOUTS = (
     "dp4:zero3 ep2 mb1 ac:full",
     "dp4:zero3x2 ep4 mb2 ac:selective",
     "dp2 tp2 ep4 mb2",
+    "dp2:zero3 pp2x2:zb-v ep2 mb1",
+    "cp2:ring tp2:sp ep4 mb2",
+    "cp2:ulysses ep2 mb4",
 )
 """Experts over any of the other axes."""
 
@@ -97,4 +100,13 @@ MORE_LAYOUTS = (
     "dp2:zero3 pp2 mb1",
     "dp4:zero3x2 mb1",
     "dp4:zero1x2 mb1 ac:selective",
+    "pp2x2:interleaved mb2",
+    "dp2 pp2:zb-h1 mb1",
+    "dp2:zero3 pp2x2:zb-v mb1",
+    "tp2:sp pp2x2:dualpipe-v mb1",
+    "cp2:ring mb2 ac:full",
+    "dp2:zero2 cp2:ulysses mb1 ac:selective",
+    "cp4:ring2xulysses2 mb4",
+    "dp2 cp2:ring tp2:sp mb2",
+    "dp2:zero3 cp2 pp2:zb-h1 mb1",
 )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from schedule_cases import action, refusal, schedules, with_stage, written
 
 from meshwright.schedule.actions import Action, Kind, Schedule
 from meshwright.schedule.check import batches, check_schedule
 from meshwright.schedule.orders import make_schedule
-from schedule_cases import action, refusal, schedules, with_stage, written
 
 V = ((0, 3), (1, 2))
 

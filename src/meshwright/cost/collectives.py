@@ -33,10 +33,23 @@ class CollectiveTimes:
         constants = self.constants.link(self.cluster, self.link(c))
         if c.op == "send":
             return constants.p2p_latency + c.bytes / (constants.p2p_share * self._line_rate(c))
+        if c.op == "all_to_all":
+            return max(constants.floors.get(c.op, 0.0), self._all_to_all(c))
         wire = WIRE_FACTOR[c.op] * (c.group_size - 1) / c.group_size * c.bytes
         rate = self._ring_rate(c)
         quickest = min(self._latency(c, p) + wire / (p.bandwidth_share * rate) for p in constants.protocols.values())
         return max(constants.floors.get(c.op, 0.0), quickest)
+
+    def _all_to_all(self, c: Collective) -> float:
+        """Each rank sends the members of its own domain their parts over scale-up links, and all others theirs through its own share
+        of the NICs, both at once (fabric.md 1.4)."""
+        links, together = self.cluster.accelerator.scale_up, self._members(c)
+        inside = self.constants.scale_up[links.kind].plateau_share * links.bandwidth
+        seconds = c.bytes * (together - 1) / c.group_size / inside
+        if together == c.group_size:
+            return seconds
+        outside = self.constants.network.plateau_share * self._line_rate(c)
+        return max(seconds, c.bytes * (c.group_size - together) / c.group_size / outside)
 
     def link(self, c: Collective) -> LinkTier:
         # A send joins neighbours only: it crosses the network where the stride leaves the domain.

@@ -15,12 +15,12 @@ from meshwright.cost.program import Pieces, Place, Program, boundary, rank_progr
 from meshwright.cost.timeline import ChunkSeconds, Timeline, play
 from meshwright.cost.traffic import step_collectives
 from meshwright.schedule.orders import layout_schedule, peak_in_flight
-from meshwright.schedule.stages import distinct_stages, stage_layers
+from meshwright.schedule.stages import alike_stages
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.collectives import load_collective_constants
 from meshwright.spec.kernels import load_kernel_constants
 from meshwright.spec.layout import Layout
-from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt, refuse_unbuilt_model
+from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
@@ -112,6 +112,8 @@ class Durations:
     backward: float
     compute: float
     """Forward and backward without communication."""
+    weight: float
+    """The part of the backward that a zero-bubble schedule can put off: the products that make weight gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,6 @@ class Estimator:
     """Prices layouts of one model, cluster and workload; remembers what layouts share."""
 
     def __init__(self, model: Model, cluster: Cluster, workload: Workload):
-        refuse_unbuilt_model(model)
         self.model, self.cluster, self.workload = model, cluster, workload
         self.times = CollectiveTimes(cluster, load_collective_constants())
         self.flops = model_flops_per_token(model, workload.seq)
@@ -145,13 +146,13 @@ class Estimator:
         """Price `layout` by playing its schedule. Raises UserError for a layout that cannot be run."""
         self.check(layout)
         schedule = layout_schedule(layout, micro_batches(layout, self.workload))
-        kinds = distinct_stages(self.model.layers, layout.pp, self.model.windows)
+        kinds = [(members[0], len(members)) for members in alike_stages(self.model, layout)]
         programs = self._programs(layout)
         memory = tuple(stage_memory(p, layout, schedule, stage, self.overhead) for stage, p in enumerate(programs))
         send = self.send_seconds(layout)
         alone = [self._passing(self.durations(p.pieces, layout, shared=False), *self._sharding(p)) for p in programs]
         floor = self._shared_floor(layout, [(programs[stage].pieces, count) for stage, count in kinds])
-        timeline = play(schedule, [[ChunkSeconds(d.forward, d.backward)] for d in alone], send)
+        timeline = play(schedule, [self._chunk_seconds(p, layout) for p in programs], send)
         end = max(self._step_end(p, layout, d) for p, d in zip(programs, alone, strict=True))
         step = max(timeline.end, floor) + end
         # Between fill and drain a send runs beside computation; filling and draining wait for one hop a stage each.
@@ -162,9 +163,13 @@ class Estimator:
         return self._result(layout, step, timeline, memory, costs, {"compute": compute, "optimizer": optimizer})
 
     def quick(self, layout: Layout) -> Quick:
-        """Time by closed form, for ranking candidates: all as in `estimate`, but that no schedule is played."""
+        """Time by closed form, for ranking candidates: all as in `estimate`, but that no schedule is played where a closed form
+        for it is known."""
+        if layout.schedule not in ("gpipe", "1f1b"):
+            played = self.estimate(layout)
+            return Quick(played.step_time_s, played.peak_bytes, played.fits)
         m = micro_batches(layout, self.workload)
-        kinds = distinct_stages(self.model.layers, layout.pp, self.model.windows)
+        kinds = [(members[0], len(members)) for members in alike_stages(self.model, layout)]
         pieces = [stage_pieces(self.model, layout, self.workload.seq, Place(stage)) for stage, _ in kinds]
         alone = [
             self._passing(self.durations(p, layout, shared=False), *self._state(layout, stage).sharding)
@@ -178,7 +183,8 @@ class Estimator:
         for p, d, (stage, _) in zip(pieces, alone, kinds, strict=True):
             state = self._state(layout, stage)
             sent = sum(c.bytes for c in boundary(self.model, layout, self.workload.seq, stage))
-            held = passing_bytes(p, peak_in_flight(layout.schedule, stage, layout.pp, m), sent)
+            saved = sum(piece.saved_bytes * repeat for piece, repeat in p)
+            held = passing_bytes(p, saved * peak_in_flight(layout.schedule, stage, layout.pp, m), sent)
             end = max(end, self._exposed_reduction(state.reductions, d) + state.rest)
             peak = max(peak, state.bytes + sum(held.values()) + self.overhead)
         return Quick(max(pipeline, floor) + end, int(peak), peak <= self.cluster.accelerator.memory_bytes)
@@ -199,15 +205,11 @@ class Estimator:
 
     def _programs(self, layout: Layout) -> list[Program]:
         """Each stage's program; stages that hold the same share one."""
-        held = stage_layers(self.model.layers, layout.pp)
-        out: list[Program] = []
-        for stage in range(layout.pp):
-            same = 1 < stage < layout.pp - 1 and self._windows(held[stage]) == self._windows(held[stage - 1])
-            out.append(out[-1] if same else rank_program(self.model, layout, self.workload, Place(stage)))
-        return out
-
-    def _windows(self, layers: range) -> list[int | None]:
-        return [self.model.window(layer) for layer in layers]
+        out: dict[int, Program] = {}
+        for members in alike_stages(self.model, layout):
+            program = rank_program(self.model, layout, self.workload, Place(members[0]))
+            out |= dict.fromkeys(members, program)
+        return [out[stage] for stage in range(layout.pp)]
 
     def check(self, layout: Layout) -> None:
         """Raise UserError when the layout cannot run this model and workload, or is not built yet."""
@@ -233,7 +235,13 @@ class Estimator:
             return d
         if self.times.hides:
             forward, backward = max(0.0, forward - d.forward), max(0.0, backward - d.backward)
-        return Durations(d.forward + forward, d.backward + backward, d.compute)
+        return Durations(d.forward + forward, d.backward + backward, d.compute, d.weight)
+
+    def _chunk_seconds(self, program: Program, layout: Layout) -> list[ChunkSeconds]:
+        """Of each chunk of a stage; what ZeRO sends is shared out evenly."""
+        sharding = [seconds / len(program.chunks) for seconds in self._sharding(program)]
+        each = [self._passing(self.durations(pieces, layout, shared=False), *sharding) for pieces in program.chunks]
+        return [ChunkSeconds(d.forward, d.backward, d.weight) for d in each]
 
     def send_seconds(self, layout: Layout) -> float:
         sends = boundary(self.model, layout, self.workload.seq, 0)
@@ -257,7 +265,12 @@ class Estimator:
             # The piece is kept beside its price, so that its id is not used again.
             self._seconds[key] = (
                 piece,
-                Durations(forward[0] + forward[1], backward[0] + backward[1], forward[0] + backward[0]),
+                Durations(
+                    forward[0] + forward[1],
+                    backward[0] + backward[1],
+                    forward[0] + backward[0],
+                    self._weight_seconds(piece.backward, kernels),
+                ),
             )
         return self._seconds[key][1]
 
@@ -274,10 +287,17 @@ class Estimator:
             elif isinstance(op, Collective):
                 exposed += self.times.seconds(op)
             else:
-                work = sum(kernels.gemm(g) for g in op.work)
+                work = self._work(op, kernels)
                 compute += work
                 exposed += self._exposed(op, work)
         return compute, exposed
+
+    def _weight_seconds(self, ops: tuple[Op, ...], kernels: Kernels) -> float:
+        products = [g for op in ops for g in (op.work if isinstance(op, Under) else (op,)) if isinstance(g, Gemm)]
+        return sum(kernels.gemm(g) for g in products if g.is_weight_gradient)
+
+    def _work(self, op: Under, kernels: Kernels) -> float:
+        return sum(kernels.gemm(g) if isinstance(g, Gemm) else kernels.attention(g) for g in op.work)
 
     def _exposed(self, op: Under, work: float) -> float:
         seconds = self.times.seconds(op.collective)
@@ -311,7 +331,7 @@ class Estimator:
                 rows.setdefault((c.axis, c.op, c.group_size), []).append((c, times))
             for key, calls in rows.items():
                 seconds = sum(self.times.seconds(c) * times for c, times in calls)
-                exposed = exposed_sends if key[1] == "send" else max(0.0, seconds - hidden.get(key, 0.0))
+                exposed = exposed_sends if key[:2] == ("pp", "send") else max(0.0, seconds - hidden.get(key, 0.0))
                 nbytes = sum(c.bytes * times for c, times in calls)
                 if key not in best or nbytes > best[key].bytes:
                     link = self.times.link(calls[0][0])
@@ -326,7 +346,7 @@ class Estimator:
             for op in (*piece.forward, *piece.backward):
                 if isinstance(op, Under):
                     c = op.collective
-                    gained = self.times.seconds(c) - self._exposed(op, sum(kernels.gemm(g) for g in op.work))
+                    gained = self.times.seconds(c) - self._exposed(op, self._work(op, kernels))
                     key = (c.axis, c.op, c.group_size)
                     hidden[key] = hidden.get(key, 0.0) + gained * repeat * m
         reductions = [self.times.seconds(c) for c in program.gradient_reductions]

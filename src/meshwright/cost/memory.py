@@ -45,11 +45,11 @@ def stage_memory(program: Program, layout: Layout, schedule: Schedule, stage: in
     `overhead`: bytes of context, communication library and allocator.
     """
     sent = sum(c.bytes for c in program.boundary)
-    passing = passing_bytes(program.pieces, schedule.in_flight(stage), sent)
+    saved = [sum(piece.saved_bytes * repeat for piece, repeat in chunk) for chunk in program.chunks]
+    passing = passing_bytes(program.pieces, schedule.peak(stage, saved), sent)
     return StageMemory(stage, state_bytes(program, layout) | passing | {"overhead": overhead})
 
 
-def passing_bytes(pieces: tuple[tuple[Piece, int], ...], in_flight: int, sent: int) -> dict[str, int]:
+def passing_bytes(pieces: tuple[tuple[Piece, int], ...], activations: int, sent: int) -> dict[str, int]:
     """What comes and goes with micro-batches; a boundary tensor may be waiting to be sent while the next is received."""
-    saved = sum(piece.saved_bytes * repeat for piece, repeat in pieces)
-    return {"activations": saved * in_flight, "working": max(piece.working_bytes for piece, _ in pieces) + 2 * sent}
+    return {"activations": activations, "working": max(piece.working_bytes for piece, _ in pieces) + 2 * sent}

@@ -19,6 +19,10 @@ class Gemm:
     groups: int = 1
 
     @property
+    def is_weight_gradient(self) -> bool:
+        return self.name.endswith(" dw")
+
+    @property
     def flops(self) -> float:
         return 2.0 * self.m * self.n * self.k
 
@@ -74,7 +78,7 @@ class Under:
     """A collective that runs while `work` is computed."""
 
     collective: Collective
-    work: tuple[Gemm, ...]
+    work: tuple[Gemm | Attention, ...]
 
 
 Op = Gemm | Attention | Elementwise | Collective | Under

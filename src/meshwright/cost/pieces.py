@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from meshwright.cost.ops import Attention, Collective, CollectiveOp, Elementwise, Gemm, Op, Piece, Under
+from meshwright.spec.context import kv_copies
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Experts, LatentAttention, Model
 from meshwright.spec.precision import STATE_BYTES
@@ -131,7 +132,7 @@ def heads(s: Shapes, window: int | None) -> Part:
     q_width, kv_width = s.heads * model.head_dim, s.kv_heads * model.head_dim
     qkv = columns(s, "attention.qkv", model.hidden, {"q": q_width, "k": kv_width, "v": kv_width})
     rotary = Elementwise("rotary", 4 * (q_width + kv_width) * s.T * s.q if model.rope else 0)
-    core = attention_core(s, model.head_dim, model.head_dim, window)
+    core = attention_core(s, s.kv_heads, model.head_dim, model.head_dim, window)
     out = row(s, "attention.out", q_width)
     saved = (q_width + 2 * kv_width) * s.T * s.q
     return Part(
@@ -158,7 +159,7 @@ def latent(s: Shapes, latent: LatentAttention, window: int | None) -> Part:
         q = Part((*down.forward, *up.forward), (*up.backward, *down.backward), 0)
         saved += 2 * latent.q_rank * s.T * s.q
     rotary = Elementwise("rotary", 4 * s.heads * latent.rope_dim * s.T * s.q)
-    core = attention_core(s, latent.nope_dim + latent.rope_dim, latent.value_dim, window)
+    core = attention_core(s, s.heads, latent.nope_dim + latent.rope_dim, latent.value_dim, window)
     out = row(s, "attention.out", s.heads * latent.value_dim)
     qkv_saved = (2 * queries + s.heads * latent.value_dim) * s.T * s.q
     return Part(
@@ -176,18 +177,45 @@ def shared_down(s: Shapes, name: str, inner: int, width: int) -> Part:
     return Part((*own.forward, *gather), (*back, *own.backward), 0)
 
 
-def attention_core(s: Shapes, head_dim: int, value_dim: int, window: int | None) -> Part:
-    """Between projections: fused attention, and what context parallelism sends for it (`parallel/context.py`).
+def attention_core(s: Shapes, kv_heads: int, head_dim: int, value_dim: int, window: int | None) -> Part:
+    """Between projections: fused attention, and what context parallelism sends for it.
 
     Queries, keys and values are kept by whoever made them, the output by the linear that reads it.
     """
     layout = s.layout
-    op = (layout.micro_batch, s.heads, s.seq, head_dim, value_dim, window)
-    forward = Attention("attention", *op, backward=False, share=layout.cp)
-    backward = Attention("attention", *op, backward=True, share=layout.cp)
+    forward, backward = _ring(s, kv_heads, head_dim, value_dim, window)
+    if layout.cp_ulysses > 1:
+        copies = kv_copies(kv_heads, layout.cp_ulysses)
+        inward = _all_to_all(s, s.heads * head_dim + kv_heads * copies * (head_dim + value_dim))
+        outward = _all_to_all(s, s.heads * value_dim)
+        forward, backward = (inward, *forward, outward), (outward, *backward, inward)
     log_sum_exp = s.T * s.heads * 4
-    again = (forward,) if layout.recompute == "selective" else ()
-    return Part((forward,), (*again, backward), 0 if again else log_sum_exp)
+    again = tuple(op for op in forward if isinstance(op, Attention)) if layout.recompute == "selective" else ()
+    return Part(forward, (*again, *backward), 0 if again else log_sum_exp)
+
+
+def _ring(
+    s: Shapes, kv_heads: int, head_dim: int, value_dim: int, window: int | None
+) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+    """Forward and backward of the attention itself: `parallel/ring.py` sends keys and values, and in backward their gradients,
+    while it computes with the block that it has."""
+    layout, ring = s.layout, s.layout.cp_ring
+    op = (layout.micro_batch, s.heads, s.seq, head_dim, value_dim, window)
+    block, block_back = (Attention("attention", *op, backward=b, share=layout.cp * ring) for b in (False, True))
+    if ring == 1:
+        return (block,), (block_back,)
+    held = max(1, kv_heads // layout.cp_ulysses)
+    elements = layout.micro_batch * held * (s.seq // ring) * (head_dim + value_dim)
+    keys_values, gradients = (
+        Collective("cp", "send", ring, layout.stride("cp") * layout.cp_ulysses, elements * size) for size in (s.q, max(4, s.q))
+    )
+    forward = (Under(keys_values, (block,)),) * (ring - 1)
+    backward = (Under(keys_values, (block_back,)), Under(gradients, ())) * (ring - 1)
+    return (*forward, block), (*backward, block_back)
+
+
+def _all_to_all(s: Shapes, width: int) -> Collective:
+    return Collective("cp", "all_to_all", s.layout.cp_ulysses, s.layout.stride("cp"), s.T * width * s.q)
 
 
 def gated_mlp(s: Shapes, name: str, ffn: int) -> Part:

@@ -13,7 +13,7 @@ from meshwright.planner.explain import alternatives, reason_against
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout, Precision
-from meshwright.spec.legality import check_layout, refuse_unbuilt
+from meshwright.spec.legality import check_layout, refuse_unbuilt, refuse_unbuilt_model
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
@@ -75,6 +75,7 @@ def plan(
     began = time.perf_counter()
     refuse_unbuilt(Layout(precision=precision))
     check_layout(Layout(), model, workload)  # what one rank cannot run, no split can
+    refuse_unbuilt_model(model)
     estimator = Estimator(model, cluster, workload)
     priced: list[tuple[Layout, Quick]] = []
     for layout in legal_layouts(model, workload, gpus, precision):

@@ -7,7 +7,7 @@ that send to each other at once do not wait for ever (NCCL matches sends and rec
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -151,6 +151,16 @@ class Schedule:
             (action.kind is Kind.FORWARD) - (action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT))
             for action in self.actions[stage]
         )
+
+    def peak(self, stage: int, sizes: Sequence[int]) -> int:
+        """The most that a stage holds at once, when a forward of chunk i keeps `sizes[i]`. A split backward keeps it until the
+        weights' half is done: the inputs of the linears, which that half needs, are most of it."""
+        held = most = 0
+        for action in self.actions[stage]:
+            held += sizes[action.chunk] * (action.kind is Kind.FORWARD)
+            most = max(most, held)
+            held -= sizes[action.chunk] * (action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT))
+        return most
 
     @cached_property
     def _seats(self) -> dict[int, Seat]:

@@ -90,9 +90,9 @@ def plan_buckets(shards: Sequence[Shard], layout: Layout) -> tuple[Bucket, ...]:
             filled[key] = 0
         waiting.append(shard)
         filled[key] = filled.get(key, 0) + _aligned(shard.numel)
-    for key, waiting in open_.items():
-        parts = [waiting] if key[0] is not None else _without_heavy_tail(waiting, limit=_limit(waiting[0], layout))
-        out += [_close(part, key[0], layout) for part in parts]
+    for (unit_, *_), waiting in open_.items():
+        parts = [waiting] if unit_ is not None else _without_heavy_tail(waiting, limit=_limit(waiting[0], layout))
+        out += [_close(part, unit_, layout) for part in parts]
     return tuple(out)
 
 

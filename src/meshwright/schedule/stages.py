@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -67,13 +66,12 @@ def stage_layers(layers: int, stages: int) -> tuple[range, ...]:
     return tuple(out)
 
 
-def distinct_stages(layers: int, stages: int, windows: Sequence[int | None] = ()) -> list[tuple[int, int]]:
-    """(earliest stage, how many) of stages that hold the same: the first, the last, and those between by layer count.
-
-    `windows`: of each layer's attention, where they differ.
-    """
-    held = stage_layers(layers, stages)
+@lru_cache(maxsize=1024)
+def alike_stages(model: Model, layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """The stages in groups that hold the same kinds of layers in the same chunks and have as many neighbours."""
     kinds: dict[tuple[object, ...], list[int]] = {}
-    for stage, its in enumerate(held):
-        kinds.setdefault((stage == 0, stage == stages - 1, len(its), *windows[its.start : its.stop]), []).append(stage)
-    return [(members[0], len(members)) for members in kinds.values()]
+    for stage, chunks in enumerate(stage_chunks(model.layers, layout)):
+        key = tuple((c.first, c.last, *((model.window(i), model.is_moe(i)) for i in c.layers)) for c in chunks)
+        is_turn = layout.schedule in FOLDED and stage == layout.pp - 1
+        kinds.setdefault((is_turn, *key), []).append(stage)
+    return tuple(tuple(members) for members in kinds.values())
