@@ -130,10 +130,10 @@ def test_lockstep_does_everything(shape: Shape) -> None:
 
 
 def test_a_stage_hands_over_to_itself_at_once() -> None:
-    """Two stages in a V, one micro-batch: there and back in 4 forwards, 4 input gradients and 4 sends; the last weight gradients
-    of the first stage end it."""
+    """Two stages in a V, one micro-batch: there and back in 4 forwards, 4 input gradients and 4 sends, and two weight gradients:
+    between the two chunks at the fold, and last of all on the first stage."""
     chunk = ChunkSeconds(1, 2, 1)
-    assert play(make_schedule("zb-v", 2, 1, 2), [[chunk] * 2] * 2, send=10).end == 4 + 4 + 4 * 10 + 1
+    assert play(make_schedule("zb-v", 2, 1, 2), [[chunk] * 2] * 2, send=10).end == 4 + 4 + 4 * 10 + 2
     assert play(make_schedule("zb-v", 1, 1, 2), [[chunk] * 2], send=10).end == 6
 
 

@@ -81,6 +81,16 @@ class Engine:
         if self.moes and self.moes[0].balance and (rate := self.moes[0].balance.bias_rate):
             update_selection_bias(self.moes, self.loads[0], rate)
 
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """By global name, what this stage keeps beside its parameters: the selection biases of routers."""
+        return {
+            f"layers.{name}.moe.router.selection_bias": layer.moe.router.selection_bias
+            for chunk in self.chunks
+            for name, layer in chunk.layers.items()
+            if layer.moe is not None and layer.moe.router.selection_bias is not None
+        }
+
     def _begin_experts(self, micro_batches: int, loss_scale: float) -> None:
         """The losses of routers are means over the sequences of the global batch."""
         layout = self.mesh.layout

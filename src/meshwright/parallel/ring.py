@@ -60,9 +60,11 @@ class Ring:
     def tiles(self, step: int, device: torch.device) -> Iterator[tuple[Tile, Shown]]:
         """What this rank computes with the keys that it has at `step`."""
         mine, theirs = self.blocks[self.group.index], self.blocks[self.group.index - step]
-        for tile in tiles(mine, theirs, self.window, documents=self.documents_BS is not None):
-            mask = self._mask(positions_of(mine, device), positions_of(theirs, device), tile) if tile.masked else None
-            yield tile, Shown(tile.causal, mask)
+        found = tiles(mine, theirs, self.window, documents=self.documents_BS is not None)
+        if any(tile.masked for tile in found):
+            queries_L, keys_L = positions_of(mine, device), positions_of(theirs, device)
+        for tile in found:
+            yield tile, Shown(tile.causal, self._mask(queries_L, keys_L, tile) if tile.masked else None)
 
     def _mask(self, queries_L: Tensor, keys_L: Tensor, tile: Tile) -> Tensor:
         queries, keys = queries_L[cut(tile.rows)], keys_L[cut(tile.columns)]

@@ -20,6 +20,10 @@ def check_layout(layout: Layout, model: Model, workload: Workload) -> None:
     _check_tensor_parallel(layout, model, workload)
     _check_experts(layout, model, workload)
     check_context(layout, model, workload.seq)
+    if layout.recompute == "selective" and layout.cp_ring > 1:
+        raise UserError(
+            "ac:selective would change nothing under ring attention, which keeps no scores: leave it out, or take ac:full"
+        )
     if layout.pp * layout.chunks > model.layers:
         raise UserError(
             f"{model.name} has {model.layers} layers, fewer than the {layout.pp * layout.chunks} stages of "

@@ -107,6 +107,8 @@ def export_safetensors(path: Path, model: Model, out: Path) -> Path:
     whole = {p.name: torch.empty(p.shape) for p in parameters(model)}
     boxes = {f"model.{name}": [Box((0,) * tensor.ndim, tuple(tensor.shape), tensor)] for name, tensor in whole.items()}
     dcp.load({}, storage_reader=dcp.FileSystemReader(path), planner=_LoadPlanner(boxes), no_dist=True)
+    buffers = read_about(path).get("buffers", {})
+    whole |= {name: torch.tensor(values) for name, values in buffers.items()}
     return save_safetensors(model, whole, whole.__getitem__, out)
 
 

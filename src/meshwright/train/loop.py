@@ -57,6 +57,7 @@ class Run:
         self.is_main = self.mesh.rank == 0
         self.batches = self._data()
         self.engine = apply(self.model, recipe.workload, self.mesh, self._initial(), recipe.balance)
+        self._read_buffers()
         self.optimizer = Optimizer(recipe, self.engine.state)
         self.scaler = LossScaler(self.mesh.layout.precision)
         self.flops_per_token = model_flops_per_token(self.model, recipe.seq)
@@ -124,9 +125,19 @@ class Run:
     def save(self, step: int) -> None:
         about = {"recipe": self.recipe.model_dump(), "layout": str(self.mesh.layout), "model": self.model.name}
         about["loss_scale"] = self.scaler.scale
+        about["buffers"] = self._all_buffers()
         path = save_checkpoint(self.recipe.out_dir / "checkpoints", step, about, self.mesh, self.optimizer)
         if self.recipe.export and step == self.recipe.steps and self.is_main:
             export_safetensors(path, self.model, Path(self.recipe.export))
+
+    def _all_buffers(self) -> dict[str, list[float]]:
+        """Of all stages."""
+        mine = {name: buffer.tolist() for name, buffer in self.engine.buffers.items()}
+        stages: list[Any] = [mine]
+        if dist.is_initialized() and self.model.experts is not None:
+            stages = [None] * self.mesh.layout.world
+            dist.all_gather_object(stages, mine)
+        return {name: values for stage in stages for name, values in stage.items()}
 
     def _resume(self) -> int:
         if not self.recipe.resume:
@@ -142,6 +153,8 @@ class Run:
                 f"{path} was saved with {', '.join(changed)}: with another its place in the data would be lost; "
                 "use the same, or start anew in another --out"
             )
+        for name, buffer in self.engine.buffers.items():
+            buffer.copy_(torch.tensor(about["buffers"][name], dtype=buffer.dtype))
         if self.scaler.is_dynamic:
             self.scaler.scale = float(about.get("loss_scale", self.scaler.scale))
         return int(about["step"])
@@ -163,6 +176,12 @@ class Run:
             return lambda shard: shard.of(initial_value(self.model, shard.name, shard.global_shape, self.recipe.seed))
         reader = SafetensorsReader(self.model, Path(self.recipe.init))
         return lambda shard: shard.of(reader.read(shard.name))
+
+    def _read_buffers(self) -> None:
+        if self.recipe.init is not None and self.engine.buffers:
+            reader = SafetensorsReader(self.model, Path(self.recipe.init))
+            for name, buffer in self.engine.buffers.items():
+                buffer.copy_(reader.read(name))
 
     def _open_log(self, first: int) -> Any:
         if not self.is_main:

@@ -1,0 +1,103 @@
+"""A model small enough for a laptop, with the structure of the real one.
+
+Every kind of layer stays (dense and sparse, each window, in the order in which they begin), and so do the ratio of query to
+key-value heads, the ratio of experts to visited experts, groups of experts, latent attention, norms, biases and ties. Widths are
+the smallest that the layout can cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import lcm
+
+from meshwright.schedule.orders import check_micro_batches
+from meshwright.spec.context import sequence_unit
+from meshwright.spec.errors import UserError
+from meshwright.spec.layout import Layout
+from meshwright.spec.legality import check_layout
+from meshwright.spec.model import Experts, LatentAttention, Model
+from meshwright.spec.workload import Workload
+
+HIDDEN, HEAD_DIM = 32, 4
+SHORTEST = 16
+"""Tokens of a sequence, at least."""
+
+
+def shrink(model: Model, layout: Layout) -> tuple[Model, Workload]:
+    """The small model, and a workload that `layout` can run: two micro-batches, or as many as its schedule needs.
+
+    Raises UserError where the layout could not split the real model either.
+    """
+    check_layout(layout, model, _real_workload(model, layout))
+    tp, ulysses = layout.tp, layout.cp_ulysses
+    seq = lcm(sequence_unit(layout.cp_ring, ulysses), layout.cp * tp)
+    seq *= -(-SHORTEST // seq)
+    layers = _layers(model, layout)
+    kv_heads = _kv_heads(model, tp, ulysses)
+    latent = _latent(model.latent)
+    experts = _experts(model.experts, layout) if model.experts else None
+    small = replace(
+        model,
+        name=f"{model.name} (shrunk)",
+        layers=layers,
+        hidden=HIDDEN,
+        ffn=8 * tp,
+        vocab=32 * tp + 5,
+        heads=kv_heads * (model.heads // model.kv_heads),
+        kv_heads=kv_heads,
+        head_dim=latent.nope_dim + latent.rope_dim if latent else HEAD_DIM,
+        max_positions=seq,
+        windows=tuple(None if w is None else seq // 2 for w in model.windows[:layers]),
+        latent=latent,
+        experts=experts,
+        moe_layers=tuple(i for i in model.moe_layers if i < layers),
+    )
+    workload = Workload(seq, layout.dp * layout.micro_batch * _micro_batches(layout))
+    check_layout(layout, small, workload)
+    return small, workload
+
+
+def _real_workload(model: Model, layout: Layout) -> Workload:
+    """Any that the layout divides: what is asked is whether the model's own sizes can be cut."""
+    seq = lcm(sequence_unit(layout.cp_ring, layout.cp_ulysses), layout.cp * layout.tp)
+    return Workload(seq, layout.dp * layout.micro_batch * _micro_batches(layout))
+
+
+def _micro_batches(layout: Layout) -> int:
+    for count in (2, layout.pp, 2 * layout.pp):
+        try:
+            check_micro_batches(layout.schedule, layout.pp, count)
+        except UserError:
+            continue
+        return count
+    raise AssertionError("every schedule runs twice as many micro-batches as stages")
+
+
+def _layers(model: Model, layout: Layout) -> int:
+    """As many of the first layers as hold every kind, and as the stages need."""
+    kinds = [(model.window(i), model.is_moe(i)) for i in range(model.layers)]
+    every = max(kinds.index(kind) for kind in set(kinds)) + 1
+    return min(model.layers, max(2, every, layout.pp * layout.chunks))
+
+
+def _kv_heads(model: Model, tp: int, ulysses: int) -> int:
+    """Cut where the real ones are cut, shared where they are shared."""
+    if model.kv_heads < tp:
+        return model.kv_heads
+    group = model.heads // model.kv_heads
+    heads_a_rank = lcm(ulysses, group) // group if model.kv_heads // tp >= ulysses else 1
+    return tp * max(1, heads_a_rank, 2 if model.latent is None and group == 1 and tp == 1 else 1)
+
+
+def _latent(latent: LatentAttention | None) -> LatentAttention | None:
+    if latent is None:
+        return None
+    q_rank = None if latent.q_rank is None else 12
+    return LatentAttention(q_rank=q_rank, kv_rank=8, nope_dim=4, rope_dim=2, value_dim=4)
+
+
+def _experts(experts: Experts, layout: Layout) -> Experts:
+    top_k = min(experts.top_k, 2)
+    unit = lcm(layout.ep, experts.groups)
+    count = max(-(-experts.count * top_k // experts.top_k // unit) * unit, unit)
+    return replace(experts, count=count, top_k=top_k, ffn=8 * layout.etp, shared_ffn=8 * layout.tp if experts.shared_ffn else 0)
