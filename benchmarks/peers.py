@@ -33,9 +33,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.distributed import pipelining
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -53,7 +54,7 @@ from meshwright.models.init import initial_value
 from meshwright.parallel.apply import Engine, apply
 from meshwright.parallel.mesh import build_mesh
 from meshwright.parallel.ranks import RankPool
-from meshwright.schedule.stages import stage_layers
+from meshwright.schedule.stages import stage_chunks
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.shards import Shard as ModelShard
@@ -91,6 +92,18 @@ class Case:
     peer: str
     target: float
 
+    @property
+    def family(self) -> str:
+        return (
+            "zero"
+            if "zero" in self.layout
+            else "schedules"
+            if ":1f1b" not in self.layout and "pp2" in self.layout
+            else self.layout[:3]
+        )
+
+
+FAMILIES = ("tp2", "dp2", "pp2", "schedules", "zero")
 
 CASES = (
     Case("tp2", "tp2 mb1 fp32", 1, "parallelize_module", 0.70),
@@ -98,6 +111,10 @@ CASES = (
     Case("dp2", "dp2 mb1 fp32", 1, "DistributedDataParallel", 1.0),
     Case("pp2:1f1b, 4 micro-batches", "pp2:1f1b mb1 fp32", 4, "Schedule1F1B", 1.05),
     Case("pp2:1f1b, 8 micro-batches", "pp2:1f1b mb1 fp32", 8, "Schedule1F1B", 1.05),
+    Case("pp2:gpipe, 4 micro-batches", "pp2:gpipe mb1 fp32", 4, "ScheduleGPipe", 1.05),
+    Case("pp2x2:interleaved, 4 micro-batches", "pp2x2:interleaved mb1 fp32", 4, "ScheduleInterleaved1F1B", 1.05),
+    Case("pp2x2:zb-v, 4 micro-batches", "pp2x2:zb-v mb1 fp32", 4, "ScheduleZBVZeroBubble", 1.05),
+    Case("pp2x2:dualpipe-v, 4 micro-batches", "pp2x2:dualpipe-v mb1 fp32", 4, "ScheduleDualPipeV", 1.05),
     Case("dp2:zero2", "dp2:zero2 mb1 fp32", 1, "fully_shard, kept after forward", 1.0),
     Case("dp2:zero3", "dp2:zero3 mb1 fp32", 1, "fully_shard", 1.0),
 )
@@ -200,24 +217,31 @@ def data_parallel_peer(case: Case, batch: Batch) -> Side:
 
 
 def pipeline_peer(case: Case, batch: Batch) -> Side:
-    rank = dist.get_rank()
-    first, last = rank == 0, rank == RANKS - 1
-    decoder = initialised(Decoder(MODEL, stage_layers(MODEL.layers, RANKS)[rank], first=first, last=last))
+    layout = parse_layout(case.layout)
+    chunks = stage_chunks(MODEL.layers, layout)[dist.get_rank()]
+    decoders = [initialised(Decoder(MODEL, c.layers, first=c.first, last=c.last)) for c in chunks]
+    places, device = RANKS * layout.chunks, torch.device("cpu")
+    stages = [PipelineStage(d, c.place, places, device) for d, c in zip(decoders, chunks, strict=True)]
+    first, last = any(c.first for c in chunks), any(c.last for c in chunks)
     tokens, labels = (torch.cat(parts) for parts in zip(*batch, strict=True))
-    schedule = Schedule1F1B(
-        PipelineStage(decoder, rank, RANKS, torch.device("cpu")),
+    schedule = getattr(pipelining, case.peer)(
+        stages[0] if layout.chunks == 1 else stages,
         len(batch),
         loss_fn=lambda logits, target: cross_entropy(logits, target) / labels.numel(),
         scale_grads=False,
     )
 
     def step() -> Tensor:
-        decoder.zero_grad()
+        for decoder in decoders:
+            decoder.zero_grad()
         losses: list[Tensor] = []
         schedule.step(*([tokens] if first else []), target=labels if last else None, losses=losses, return_outputs=False)
         return torch.stack(losses).sum().detach() if last else torch.zeros(())
 
-    return Side(step, lambda: gradients_of(decoder))
+    def gradients() -> dict[str, Tensor]:
+        return {name: gradient for decoder in decoders for name, gradient in gradients_of(decoder).items()}
+
+    return Side(step, gradients)
 
 
 def sharded_peer(case: Case, batch: Batch) -> Side:
@@ -240,7 +264,10 @@ def sharded_peer(case: Case, batch: Batch) -> Side:
 PEERS = {
     "parallelize_module": tensor_parallel_peer,
     "DistributedDataParallel": data_parallel_peer,
-    "Schedule1F1B": pipeline_peer,
+    **dict.fromkeys(
+        ("Schedule1F1B", "ScheduleGPipe", "ScheduleInterleaved1F1B", "ScheduleZBVZeroBubble", "ScheduleDualPipeV"),
+        pipeline_peer,
+    ),
     "fully_shard": sharded_peer,
     "fully_shard, kept after forward": sharded_peer,
 }

@@ -13,9 +13,14 @@ from typing import Any
 
 from meshwright.parallel.ranks import RankError, RankPool
 
-__all__ = ["RankError", "run_distributed"]
+__all__ = ["RankError", "pool", "run_distributed"]
 
 _POOL = RankPool()
+
+
+def pool() -> RankPool:
+    """The processes that `run_distributed` runs on."""
+    return _POOL
 
 
 def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0) -> list[Any]:

@@ -26,7 +26,14 @@ _MOE = {**_LLAMA, "family": "mixtral", "moe_layers": (0, 1, 2, 3), "experts": Ex
 MIXTRAL = Model(name="mixtral-like", **_MOE)
 QWEN_MOE = Model(
     name="qwen3-moe-like",
-    **{**_MOE, "family": "qwen3_moe", "qk_norm": True, "tied": True, "moe_layers": (1, 3), "experts": Experts(count=8, top_k=3, ffn=16)},
+    **{
+        **_MOE,
+        "family": "qwen3_moe",
+        "qk_norm": True,
+        "tied": True,
+        "moe_layers": (1, 3),
+        "experts": Experts(count=8, top_k=3, ffn=16),
+    },
 )
 DEEPSEEK = Model(
     name="deepseek-v3-like",

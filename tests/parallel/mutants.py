@@ -31,7 +31,20 @@ OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "excha
 WAYS = ("removed", "doubled")
 ROOM = Path(str(meshwright.parallel.__file__)).parent
 
-ENGINE = ("collectives", "vocab", "linear", "tensor", "mesh", "data", "units", "context", "balance", "expert", "pipeline", "apply")
+ENGINE = (
+    "collectives",
+    "vocab",
+    "linear",
+    "tensor",
+    "mesh",
+    "data",
+    "units",
+    "context",
+    "balance",
+    "expert",
+    "pipeline",
+    "apply",
+)
 """Modules of `meshwright.parallel`, each after those that it imports."""
 
 
@@ -75,10 +88,17 @@ Mutant = CollectiveMutant | ScaleMutant
 
 SCALES = (
     ScaleMutant("pipeline: loss divided by the token count twice", "pipeline", "* self.scale", "* self.scale * self.scale"),
-    ScaleMutant("apply: loss not divided by the token count", "apply", "(loss_scale / counted)", "(loss_scale / counted.clamp(max=1))"),
+    ScaleMutant(
+        "apply: loss not divided by the token count",
+        "apply",
+        "(loss_scale / counted)",
+        "(loss_scale / counted.clamp(max=1))",
+    ),
     ScaleMutant("apply: every tp rank counts the loss", "apply", 'loss * (self.mesh["tp"].index == 0)', "loss"),
     ScaleMutant("data: every replica of the state counts the norm", "data", "bucket.replicate.index == 0 and ", ""),
-    ScaleMutant("data: every replica of a parameter counts the norm", "data", " and self.mesh.owns(bucket.plan.replicas)", ""),
+    ScaleMutant(
+        "data: every replica of a parameter counts the norm", "data", " and self.mesh.owns(bucket.plan.replicas)", ""
+    ),
     ScaleMutant("apply: the norm keeps the loss scale", "apply", " / loss_scale**2", " / loss_scale"),
     ScaleMutant("apply: the loss keeps the loss scale", "apply", ".double() / loss_scale", ".double()"),
 )
@@ -90,7 +110,12 @@ def sites() -> tuple[Site, ...]:
     for path in sorted(ROOM.glob("*.py")):
         tree = ast.parse(path.read_text())
         for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
-            inner = {id(n) for f in ast.walk(function) if isinstance(f, ast.FunctionDef) and f is not function for n in ast.walk(f)}
+            inner = {
+                id(n)
+                for f in ast.walk(function)
+                if isinstance(f, ast.FunctionDef) and f is not function
+                for n in ast.walk(f)
+            }
             for node in ast.walk(function):
                 if id(node) in inner or not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                     continue
@@ -237,6 +262,8 @@ def _execute(mutant: ScaleMutant | None) -> None:
         module = importlib.import_module(name)
         source = Path(str(module.__file__)).read_text()
         if mutant is not None and name.endswith(f"parallel.{mutant.module}"):
-            assert source.count(mutant.old) == 1, f"{mutant}: {mutant.old!r} stands {source.count(mutant.old)} times in {name}"
+            assert source.count(mutant.old) == 1, (
+                f"{mutant}: {mutant.old!r} stands {source.count(mutant.old)} times in {name}"
+            )
             source = source.replace(mutant.old, mutant.new)
         exec(compile(source, str(module.__file__), "exec"), module.__dict__)

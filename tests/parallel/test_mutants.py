@@ -81,7 +81,9 @@ def difference(name: str, layout: str, mutant: Mutant | None) -> str | None:
             return "expert loads"
         if name.endswith(BALANCED):
             continue
-        program = rank_program(model_of(name), parsed, WORKLOAD, Place(rank.stage, rank.seat.tp, rank.seat.ep, rank.seat.etp))
+        program = rank_program(
+            model_of(name), parsed, WORKLOAD, Place(rank.stage, rank.seat.tp, rank.seat.ep, rank.seat.etp)
+        )
         predicted = step_traffic(program, micro_batches(parsed, WORKLOAD))
         if rank.sent != [(s.axis, s.op, s.group_size, s.count, s.bytes) for s in predicted]:
             return "traffic"

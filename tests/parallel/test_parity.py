@@ -64,9 +64,7 @@ def check_gradients(model: Model, layout: str, precision: str) -> None:
     for rank_figures, gradients in ranks:
         assert rank_figures == pytest.approx(figures, rel=TOLERANCE[precision])
         for shard, gradient in gradients:
-            error = (shard.of(reference[shard.name]) - gradient).abs().max() / scale_of(
-                shard.name, reference, model
-            )
+            error = (shard.of(reference[shard.name]) - gradient).abs().max() / scale_of(shard.name, reference, model)
             assert error <= TOLERANCE[precision], f"{shard.name}: relative error {error:.1e}"
             seen.add(shard.name)
     assert seen == {p.name for p in parameters(model)}

@@ -63,9 +63,7 @@ def gradients_of_step_1(model: Model, workload: Workload, layout: Layout) -> tup
     return figures, list(engine.state.whole_gradients())
 
 
-def losses(
-    model: Model, workload: Workload, layout: Layout, steps: int, balance: Balance | None = None
-) -> list[float]:
+def losses(model: Model, workload: Workload, layout: Layout, steps: int, balance: Balance | None = None) -> list[float]:
     """The loss of every step of a short training with AdamW, warm-up and clipping."""
     engine = build(model, workload, layout, balance)
     optimizer = Optimizer(Recipe(steps=steps, lr=1e-3, warmup=5, clip=0.5), engine.state)

@@ -161,12 +161,9 @@ def test_the_ranks_of_a_key_value_group_hold_the_same_head_and_its_queries(split
                 theirs = {s.name: s for s in held(model, layout, 0, grid.coordinates(other)["tp"])}
                 assert theirs[keys.name] == keys
         query_heads = {
-            row // model.head_dim
-            for row in (rows_held(queries) if queries.cuts else range(queries.numel // model.hidden))
+            row // model.head_dim for row in (rows_held(queries) if queries.cuts else range(queries.numel // model.hidden))
         }
-        key_heads = {
-            row // model.head_dim for row in (rows_held(keys) if keys.cuts else range(keys.numel // model.hidden))
-        }
+        key_heads = {row // model.head_dim for row in (rows_held(keys) if keys.cuts else range(keys.numel // model.hidden))}
         assert {head // per_group for head in query_heads} == key_heads
 
 

@@ -24,6 +24,7 @@ from meshwright.spec.legality import check_layout, check_room, micro_batches, re
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
+
 @dataclass(frozen=True, slots=True)
 class CollectiveCost:
     """All calls of one operation on one axis in a step, on the stage that sends most of it."""

@@ -207,7 +207,8 @@ def _ring(
     held = max(1, kv_heads // layout.cp_ulysses)
     elements = layout.micro_batch * held * (s.seq // ring) * (head_dim + value_dim)
     keys_values, gradients = (
-        Collective("cp", "send", ring, layout.stride("cp") * layout.cp_ulysses, elements * size) for size in (s.q, max(4, s.q))
+        Collective("cp", "send", ring, layout.stride("cp") * layout.cp_ulysses, elements * size)
+        for size in (s.q, max(4, s.q))
     )
     forward = (Under(keys_values, (block,)),) * (ring - 1)
     backward = (Under(keys_values, (block_back,)), Under(gradients, ())) * (ring - 1)
@@ -302,5 +303,7 @@ def _up_to_last_saved(forward: tuple[Op, ...]) -> tuple[Op, ...]:
 
     The sum after it is not repeated (PyTorch's checkpoint stops early), nor is that product.
     """
-    last = max(i for i, op in enumerate(forward) if isinstance(op, Gemm) or (isinstance(op, Elementwise) and op.name == "permute"))
+    last = max(
+        i for i, op in enumerate(forward) if isinstance(op, Gemm) or (isinstance(op, Elementwise) and op.name == "permute")
+    )
     return forward[:last]

@@ -39,7 +39,8 @@ def apply_balance(moe: MoE, balance: Balance, mesh: Mesh) -> None:
 
 def _balanced(moe: MoE, mesh: Mesh, routing: Routing) -> Routing:
     balance, layout = moe.balance, mesh.layout
-    assert balance is not None and moe.length is not None
+    assert balance is not None
+    assert moe.length is not None
     if not (torch.is_grad_enabled() and (balance.aux_loss or balance.z_loss)):
         return routing
     tokens, index = len(routing.experts_tk), mesh["tp"].index

@@ -137,4 +137,3 @@ def _group(axis: str, members: Members, made: dict[str, Group], rank: int, world
         if ranks == mine:
             handle = created
     return Group(axis, mine, index, handle, ledger)
-

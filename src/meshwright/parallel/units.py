@@ -61,7 +61,9 @@ def absent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.full((1,), float("nan"), dtype=dtype, device=device).expand(shape)
 
 
-def shard_parameters(decoder: Decoder, state: DataParallel, parameters: dict[str, nn.Parameter], *, last_stays: bool) -> None:
+def shard_parameters(
+    decoder: Decoder, state: DataParallel, parameters: dict[str, nn.Parameter], *, last_stays: bool
+) -> None:
     """Gather and release the parameters of `decoder` unit by unit, wherever ZeRO-3 cuts them.
 
     `last_stays`: the backward of the last unit follows its forward at once.

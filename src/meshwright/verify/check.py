@@ -203,9 +203,7 @@ def _total(reports: list[Report]) -> tuple[tuple[str, str, int, int, int], ...]:
     return tuple((*key, *sums[key]) for key in sorted(sums))
 
 
-def _first_module(
-    layout: Layout, reference: Report, reports: list[Report], result: Verification
-) -> tuple[str, float]:
+def _first_module(layout: Layout, reference: Report, reports: list[Report], result: Verification) -> tuple[str, float]:
     """The first module whose output differs; where all agree, forward is right, and the worst gradient stands for backward."""
     order: Callable[[str], int] = lambda name: -1 if name == "embedding" else int(name.removeprefix("layers."))  # noqa: E731
     worst: dict[str, float] = {}

@@ -56,7 +56,9 @@ def features(layout: Layout) -> frozenset[tuple[str, ...]]:
     return frozenset(out)
 
 
-def draw_layouts(model: Model, count: int, *, ranks: int = MOST_RANKS, seed: int = 0, precision: Precision = "fp64") -> list[Layout]:
+def draw_layouts(
+    model: Model, count: int, *, ranks: int = MOST_RANKS, seed: int = 0, precision: Precision = "fp64"
+) -> list[Layout]:
     """At least a covering set, and as many more distinct legal layouts as make `count`; the same for the same seed."""
     candidates = legal_layouts(model, ranks, seed, precision)
     chosen, covered = [], set[tuple[str, ...]]()

@@ -23,7 +23,9 @@ DENSE_MODEL, SPARSE_MODEL = "llama-3-8b", "mixtral-8x7b"
 """What is shrunk when no model is given: the second where the layout splits experts."""
 
 
-def verify(layout: str, model: str | None = None, precision: str = "fp64", sabotage: Sabotage | None = None) -> Verification:
+def verify(
+    layout: str, model: str | None = None, precision: str = "fp64", sabotage: Sabotage | None = None
+) -> Verification:
     """Run a shrunk `model` under `layout` on local processes, in `precision`, against one process.
 
     Raises UserError for a layout, model or precision that cannot be verified. `sabotage`: for tests, run in every rank first.

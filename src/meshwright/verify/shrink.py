@@ -100,4 +100,6 @@ def _experts(experts: Experts, layout: Layout) -> Experts:
     top_k = min(experts.top_k, 2)
     unit = lcm(layout.ep, experts.groups)
     count = max(-(-experts.count * top_k // experts.top_k // unit) * unit, unit)
-    return replace(experts, count=count, top_k=top_k, ffn=8 * layout.etp, shared_ffn=8 * layout.tp if experts.shared_ffn else 0)
+    return replace(
+        experts, count=count, top_k=top_k, ffn=8 * layout.etp, shared_ffn=8 * layout.tp if experts.shared_ffn else 0
+    )
