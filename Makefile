@@ -20,13 +20,15 @@ lint: $(VENV)/.ready
 
 # Long sweeps and measurements, outside CI.
 parity: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "parity or not parity" tests/parallel
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "parity or not parity" tests/parallel tests/verify
 
 mutants: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py
+	cd tests/parallel && OMP_NUM_THREADS=1 PYTHONPATH=. ../../$(BIN)/python test_mutants.py
 
 bench: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/context.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/expert.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11 ...")'

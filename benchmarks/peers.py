@@ -190,7 +190,10 @@ def tensor_parallel_plan(sequence: bool) -> dict[str, ParallelStyle]:
     plan: dict[str, ParallelStyle] = {
         "embedding.tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
         "head": ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1), use_local_output=False),
-        "layers.*.attention": enter,
+        "layers.*.attention": PrepareModuleInput(
+            input_layouts=(stream, None),
+            desired_input_layouts=(Replicate(), None),  # the second says where the tokens stand
+        ),
         "layers.*.attention.qkv.*": ColwiseParallel(),
         "layers.*.attention.out": RowwiseParallel(output_layouts=stream),
         "layers.*.mlp": enter,

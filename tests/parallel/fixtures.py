@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import product
+from typing import Any
+
+import pytest
+
 from meshwright.spec.model import Experts, LatentAttention, Model, Rope
 from meshwright.spec.workload import Workload
 
@@ -69,6 +75,20 @@ LAYOUTS = (
     "dp2:zero1 tp2 mb2",
 )
 """The layouts of the first release's promise, each with two micro-batches or more."""
+
+# Which models meet every layout in CI; the others, and the second precision, do so in `make parity`.
+CI_MODELS = ("tied", "few-kv-heads", "gpt2-like")
+CI_SPARSE = ("deepseek-v3-like", "gpt-oss-like")
+
+
+def cases(models: Iterable[str], in_ci: Iterable[str], layouts: Iterable[str], precisions: tuple[str, str]) -> list[Any]:
+    """(model, layout, precision) for pytest: in CI the models `in_ci` in the first precision, and the promised layouts in both."""
+    out = []
+    for name, layout, precision in product(models, layouts, precisions):
+        quick = layout in LAYOUTS or (name in in_ci and precision == precisions[0])
+        out.append(pytest.param(name, layout, precision, marks=[] if quick else [pytest.mark.parity]))
+    return out
+
 
 SPARSE_LAYOUTS = (
     "mb4",

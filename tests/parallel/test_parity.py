@@ -7,7 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 import workers
-from fixtures import LAYOUTS, MODELS, MORE_LAYOUTS, SPARSE, SPARSE_LAYOUTS, WORKLOAD
+from fixtures import CI_MODELS, CI_SPARSE, LAYOUTS, MODELS, MORE_LAYOUTS, SPARSE, SPARSE_LAYOUTS, WORKLOAD, cases
 
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
@@ -42,16 +42,14 @@ def scale_of(name: str, reference: dict[str, torch.Tensor], model: Model) -> flo
     return float(reference[name].abs().max())
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
-@pytest.mark.parametrize("layout", LAYOUTS + MORE_LAYOUTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "layout", "precision"), cases(MODELS, CI_MODELS, LAYOUTS + MORE_LAYOUTS, ("fp64", "fp32"))
+)
 def test_gradients_of_step_1(name: str, layout: str, precision: str) -> None:
     check_gradients(MODELS[name], layout, precision)
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
-@pytest.mark.parametrize("layout", SPARSE_LAYOUTS)
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize(("name", "layout", "precision"), cases(SPARSE, CI_SPARSE, SPARSE_LAYOUTS, ("fp64", "fp32")))
 def test_gradients_of_step_1_with_experts(name: str, layout: str, precision: str) -> None:
     check_gradients(SPARSE[name], layout, precision)
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import workers
-from fixtures import LAYOUTS, MODELS, MORE_LAYOUTS, SPARSE, SPARSE_LAYOUTS, WORKLOAD
+from fixtures import CI_MODELS, CI_SPARSE, LAYOUTS, MODELS, MORE_LAYOUTS, SPARSE, SPARSE_LAYOUTS, WORKLOAD, cases
 
 from meshwright.cost.memory import state_bytes
 from meshwright.cost.program import Place, rank_program
@@ -17,16 +17,14 @@ from meshwright.spec.notation import parse_layout
 from meshwright.testing import run_distributed
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", LAYOUTS + MORE_LAYOUTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "layout", "precision"), cases(MODELS, CI_MODELS, LAYOUTS + MORE_LAYOUTS, ("bf16", "fp32"))
+)
 def test_predicted_equals_counted(name: str, layout: str, precision: str) -> None:
     check_traffic(MODELS[name], layout, precision)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", SPARSE_LAYOUTS)
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize(("name", "layout", "precision"), cases(SPARSE, CI_SPARSE, SPARSE_LAYOUTS, ("bf16", "fp32")))
 def test_predicted_equals_counted_with_experts(name: str, layout: str, precision: str) -> None:
     check_traffic(SPARSE[name], layout, precision)
 

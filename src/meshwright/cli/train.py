@@ -13,6 +13,7 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="YAML recipe; flags override its keys.")] = None,
     model: Annotated[str | None, typer.Option(help="Catalogue name, or path of a Hugging Face config.json.")] = None,
     layout: Annotated[str | None, typer.Option(help='One line, such as "dp2 tp2:sp pp2:1f1b mb1 fp32".')] = None,
+    schedule_csv: Annotated[str | None, typer.Option(help="A pipeline schedule of your own, one row a stage.")] = None,
     data: Annotated[
         str | None, typer.Option(help="File, directory or glob: text, JSONL, Parquet. Default: Python's own library.")
     ] = None,

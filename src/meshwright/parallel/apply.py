@@ -25,6 +25,7 @@ from meshwright.parallel.pipeline import MicroBatch, Pipeline
 from meshwright.parallel.tensor import apply_tensor_parallel
 from meshwright.parallel.units import absent, shard_parameters
 from meshwright.parallel.vocab import vocab_parallel_cross_entropy, vocab_start
+from meshwright.schedule.actions import Schedule
 from meshwright.schedule.buckets import plan_buckets
 from meshwright.schedule.orders import layout_schedule
 from meshwright.schedule.stages import rank_shards, stage_chunks
@@ -113,8 +114,10 @@ def apply(
     mesh: Mesh,
     initial: Callable[[Shard], Tensor],
     balance: Balance | None = None,
+    schedule: Schedule | None = None,
 ) -> Engine:
-    """This rank's share of `model`. `initial` gives each shard's first values; `balance`: how experts are kept in balance.
+    """This rank's share of `model`. `initial` gives each shard's first values; `balance`: how experts are kept in balance;
+    `schedule`: instead of the one that the layout names, for as many stages and chunks.
 
     Raises UserError for a layout that the model or the workload cannot be split by.
     """
@@ -146,7 +149,7 @@ def apply(
             shard_parameters(decoder, state, parameters, last_stays=layout.pp == 1)
     pipeline = Pipeline(
         chunks,
-        layout_schedule(layout, micro_batches(layout, workload)),
+        schedule or layout_schedule(layout, micro_batches(layout, workload)),
         mesh["pp"],
         _loss(model, mesh),
         _boundary(model, workload, mesh),

@@ -13,7 +13,12 @@ from meshwright.spec.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = {Kind.FORWARD: "#4c72b0", Kind.BACKWARD: "#dd8452"}
+_COLOURS = {
+    Kind.FORWARD: "#4c72b0",
+    Kind.BACKWARD: "#dd8452",
+    Kind.BACKWARD_INPUT: "#dd8452",
+    Kind.BACKWARD_WEIGHT: "#55a868",
+}
 
 
 def plot_loss(metrics: Path, out: Path) -> None:

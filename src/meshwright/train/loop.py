@@ -56,7 +56,7 @@ class Run:
         self.mesh = build_mesh(recipe.parsed_layout, self.model, rank_device())
         self.is_main = self.mesh.rank == 0
         self.batches = self._data()
-        self.engine = apply(self.model, recipe.workload, self.mesh, self._initial(), recipe.balance)
+        self.engine = apply(self.model, recipe.workload, self.mesh, self._initial(), recipe.balance, recipe.schedule)
         self._read_buffers()
         self.optimizer = Optimizer(recipe, self.engine.state)
         self.scaler = LossScaler(self.mesh.layout.precision)

@@ -8,9 +8,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from meshwright.models.routing import Balance
+from meshwright.schedule.actions import Schedule
+from meshwright.schedule.csv import read_schedule
+from meshwright.schedule.orders import layout_schedule
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.layout import Layout
-from meshwright.spec.legality import check_layout, refuse_unbuilt, refuse_unrunnable_model
+from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt, refuse_unrunnable_model
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.workload import Workload
@@ -25,6 +28,8 @@ class Recipe(BaseModel):
     model: str = "llama-tiny"
     """Catalogue name, or path of a Hugging Face config.json."""
     layout: str = "dp1 mb1 fp32"
+    schedule_csv: str | None = None
+    """A pipeline schedule of your own, one row a stage, instead of the layout's."""
     data: str | None = None
     """File, directory or glob of text, JSONL or Parquet; the standard library's source by default."""
     tokenizer: str | None = None
@@ -87,12 +92,23 @@ class Recipe(BaseModel):
     def log_path(self) -> Path:
         return Path(self.json_log) if self.json_log else self.out_dir / "metrics.jsonl"
 
+    @property
+    def schedule(self) -> Schedule:
+        """What the stages do, checked. Raises UserError for micro-batches that the layout's schedule cannot run, and for a table
+        that cannot run as written."""
+        layout = self.parsed_layout
+        count = micro_batches(layout, self.workload)
+        if self.schedule_csv is None:
+            return layout_schedule(layout, count)
+        return read_schedule(Path(self.schedule_csv), layout.pp, layout.chunks, count)
+
     def check(self) -> Model:
         """Raise UserError for whatever can be known to be wrong before starting. Returns the model."""
         model = load_model(self.model)
         refuse_unrunnable_model(model)
         check_layout(self.parsed_layout, model, self.workload)
         refuse_unbuilt(self.parsed_layout)
+        _ = self.schedule
         if self.balance is not None:
             self.balance.check(model)
         return model
