@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import train_workers
-from fixtures import MODELS, WORKLOAD
+from fixtures import MODELS, SPARSE, WORKLOAD
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.spec.errors import UserError
+from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.testing import RankError, run_distributed
 from meshwright.train.checkpoint import flat_boxes, newest_checkpoint, read_about
@@ -25,12 +26,26 @@ PAIRS = (
 )
 
 
+SPARSE_PAIRS = [("dp2 ep2 mb2", "dp2:zero3 tp2 etp2 mb2"), ("dp4:zero3x2 ep4 mb1", "pp2x2:zb-v mb2")]
+
+
 @pytest.mark.parametrize("model", ["tied", "few-kv-heads"])
-@pytest.mark.parametrize(("before", "after"), PAIRS)
+@pytest.mark.parametrize(
+    ("before", "after"), [*PAIRS, ("dp4:zero3x2 mb1", "cp2 tp2 mb2"), ("pp2x2:interleaved mb2", "dp2:zero2 mb2")]
+)
 def test_resume_under_another_layout(tmp_path: Path, model: str, before: str, after: str) -> None:
+    check_resume(tmp_path, MODELS[model], before, after)
+
+
+@pytest.mark.parametrize(("before", "after"), SPARSE_PAIRS)
+def test_resume_with_experts(tmp_path: Path, before: str, after: str) -> None:
+    check_resume(tmp_path, SPARSE["gpt-oss-like"], before, after)
+
+
+def check_resume(tmp_path: Path, model: Model, before: str, after: str) -> None:
     def run(function, layout: str, until: int) -> list[float]:
         parsed = parse_layout(f"{layout} fp64")
-        return run_distributed(function, parsed.world, MODELS[model], WORKLOAD, parsed, tmp_path, until)[0]
+        return run_distributed(function, parsed.world, model, WORKLOAD, parsed, tmp_path, until)[0]
 
     whole = run(train_workers.train_and_save, "mb4", 8)
     first = run(train_workers.train_and_save, before, 4)

@@ -9,13 +9,17 @@ from pathlib import Path
 import torch
 import workers
 
-from meshwright.parallel.apply import Engine
+from meshwright.models.init import initial_value
+from meshwright.parallel.apply import Engine, apply
+from meshwright.parallel.mesh import build_mesh
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
+from meshwright.spec.notation import parse_layout
 from meshwright.spec.workload import Workload
 from meshwright.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from meshwright.train.optimizer import Optimizer
 from meshwright.train.recipe import Recipe
+from meshwright.train.scaler import LossScaler
 
 RECIPE = Recipe(steps=8, lr=1e-3, warmup=2)
 
@@ -65,3 +69,22 @@ def killed_at_start() -> None:
     if dist.get_rank() == 1:
         os.kill(os.getpid(), 9)
     time.sleep(600)
+
+
+def accepted_steps(layout: str) -> list[bool]:
+    """Whether a step is taken whose gradients overflow on rank 0 alone, and one whose do not."""
+    parsed = parse_layout(layout)
+    model = Model(
+        name="m", family="llama", layers=2, hidden=16, ffn=32, vocab=64, heads=2, kv_heads=2, head_dim=8, max_positions=8
+    )  # fmt: skip
+    mesh = build_mesh(parsed, model, torch.device("cpu"))
+    engine = apply(
+        model, Workload(8, 2), mesh, lambda shard: shard.of(initial_value(model, shard.name, shard.global_shape, seed=0))
+    )
+    tokens = torch.arange(8).unsqueeze(0)
+    labels = tokens if mesh.rank == 0 else torch.full_like(tokens, -100)
+    out = []
+    for scale in (2.0**40, 1.0):
+        _, squared = engine.forward_backward([(tokens, labels)], scale).tolist()
+        out.append(LossScaler("fp16").accepts(squared))
+    return out
