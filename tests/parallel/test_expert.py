@@ -131,13 +131,20 @@ def test_load_is_that_of_all_ranks() -> None:
             "expert_imbalance_max": 8.0,
             "expert_imbalance_mean": (8.0 + second) / 2,
             "expert_load_min": 0.0,
+            "expert_rows": 16,
             "dropped": 0.0,
         }
 
 
 def test_metrics_by_hand() -> None:
     metrics = load_metrics(torch.tensor([[3, 1], [2, 2]]), torch.tensor([2, 0]))
-    assert metrics == {"expert_imbalance_max": 1.5, "expert_imbalance_mean": 1.25, "expert_load_min": 0.5, "dropped": 0.2}
+    assert metrics == {
+        "expert_imbalance_max": 1.5,
+        "expert_imbalance_mean": 1.25,
+        "expert_load_min": 0.5,
+        "expert_rows": 10,
+        "dropped": 0.2,
+    }
 
 
 def test_tokens_that_tp_does_not_divide_are_refused() -> None:

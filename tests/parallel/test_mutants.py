@@ -38,6 +38,8 @@ FIXTURES = (
     ("qk-norm", "tp2 mb4"),
     ("deepseek-v3-like", "tp2 mb4"),
     ("deepseek-v3-like", "tp2:sp mb4"),
+    ("untied", "cp2:ring mb4"),
+    ("untied", "cp2:ulysses mb4"),
     ("gpt-oss-like", "dp2 ep2 mb2"),
     ("gpt-oss-like", "tp2 etp2 mb4"),
     ("deepseek-v3-like balanced", "tp2:sp pp2 mb4"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from meshwright.cost.collectives import CollectiveTimes
@@ -14,7 +14,7 @@ from meshwright.cost.ops import Attention, Collective, Elementwise, Gemm, Op, Pi
 from meshwright.cost.program import Pieces, Place, Program, boundary, rank_program, stage_pieces
 from meshwright.cost.timeline import ChunkSeconds, Timeline, play
 from meshwright.cost.traffic import step_collectives
-from meshwright.schedule.orders import layout_schedule, peak_in_flight
+from meshwright.schedule.orders import layout_order, peak_in_flight
 from meshwright.schedule.stages import alike_stages
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.collectives import load_collective_constants
@@ -130,6 +130,9 @@ class _State:
     bytes: int
 
 
+_STATE_FIELDS = tuple(f.name for f in fields(Layout) if f.name not in ("micro_batch", "recompute"))
+
+
 class Estimator:
     """Prices layouts of one model, cluster and workload; remembers what layouts share."""
 
@@ -146,7 +149,7 @@ class Estimator:
     def estimate(self, layout: Layout) -> Estimate:
         """Price `layout` by playing its schedule. Raises UserError for a layout that cannot be run."""
         self.check(layout)
-        schedule = layout_schedule(layout, micro_batches(layout, self.workload))
+        schedule = layout_order(layout, micro_batches(layout, self.workload))
         kinds = [(members[0], len(members)) for members in alike_stages(self.model, layout)]
         programs = self._programs(layout)
         memory = tuple(stage_memory(p, layout, schedule, stage, self.overhead) for stage, p in enumerate(programs))
@@ -192,8 +195,7 @@ class Estimator:
 
     def _state(self, layout: Layout, stage: int) -> _State:
         """What a stage's parameters cost, whatever the micro-batch: layouts that share it plan their buckets once."""
-        same = replace(layout, micro_batch=1, recompute="none")
-        key = (same, stage)
+        key = (*(getattr(layout, name) for name in _STATE_FIELDS), stage)
         if key not in self._states:
             program = rank_program(self.model, layout, self.workload, Place(stage))
             self._states[key] = _State(

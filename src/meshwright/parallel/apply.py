@@ -132,7 +132,7 @@ def apply(
     for decoder in chunks:
         if layout.tp > 1:
             apply_tensor_parallel(decoder, mesh["tp"], gradients, sequence=layout.sp, micro_batch=layout.micro_batch)
-        _split_experts(decoder, mesh, gradients, balance)
+        _split_experts(decoder, mesh, gradients, balance, workload.seq)
         _keep_weight_gradients(decoder, gradients)
         if layout.recompute == "selective":
             _recompute_attention(decoder)
@@ -159,7 +159,7 @@ def apply(
     return Engine(model, mesh, chunks, pipeline, state)
 
 
-def _split_experts(decoder: Decoder, mesh: Mesh, gradients: WeightGradients, balance: Balance | None) -> None:
+def _split_experts(decoder: Decoder, mesh: Mesh, gradients: WeightGradients, balance: Balance | None, seq: int) -> None:
     layout = mesh.layout
     if balance is not None:
         balance.check(decoder.model)
@@ -175,7 +175,7 @@ def _split_experts(decoder: Decoder, mesh: Mesh, gradients: WeightGradients, bal
                 micro_batch=layout.micro_batch,
             )
             if balance is not None:
-                apply_balance(layer.moe, balance, mesh)
+                apply_balance(layer.moe, balance, mesh, seq)
 
 
 def _keep_weight_gradients(decoder: Decoder, gradients: WeightGradients) -> None:

@@ -19,12 +19,12 @@ from meshwright.parallel.mesh import Mesh
 from meshwright.spec.errors import UserError
 
 
-def apply_balance(moe: MoE, balance: Balance, mesh: Mesh) -> None:
-    """Make `moe` balance its experts as asked, also where the tokens of a sequence are spread over ranks.
+def apply_balance(moe: MoE, balance: Balance, mesh: Mesh, seq: int) -> None:
+    """Make `moe` balance its experts as asked, also where the tokens of sequences of `seq` are spread over ranks.
 
     Raises UserError for options that act on a whole sequence, where no rank has one.
     """
-    moe.balance = balance
+    moe.balance, moe.length = balance, seq
     layout = mesh.layout
     if layout.tp == 1 and layout.cp == 1:
         return
@@ -94,8 +94,8 @@ def update_selection_bias(moes: Sequence[MoE], load_lE: Tensor, rate: float) -> 
 
 def load_metrics(load_lE: Tensor, dropped_l: Tensor, stages: Group | None = None) -> dict[str, float]:
     """What to log of `summed_load`: imbalance (an expert's rows over the mean of its layer: the worst, and the mean over layers
-    of each one's worst), the emptiest expert's rows over the mean, and the dropped part of all assignments. Of all `stages`; a
-    stage may have no layer with experts."""
+    of each one's worst), the emptiest expert's rows over the mean, the rows of all experts, and the dropped part of them. Of all
+    `stages`; a stage may have no layer with experts."""
     relative_lE = load_lE.double() / load_lE.double().mean(dim=1, keepdim=True).clamp_min(1.0)
     worst_l = relative_lE.amax(dim=1)
     largest = torch.tensor([max(worst_l.tolist(), default=0.0), -min(relative_lE.flatten().tolist(), default=torch.inf)])
@@ -110,5 +110,6 @@ def load_metrics(load_lE: Tensor, dropped_l: Tensor, stages: Group | None = None
         "expert_imbalance_max": worst,
         "expert_imbalance_mean": worst_sum / layers,
         "expert_load_min": -least,
+        "expert_rows": assigned,
         "dropped": dropped / max(1, assigned),
     }

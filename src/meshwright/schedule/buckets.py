@@ -104,9 +104,9 @@ def _limit(shard: Shard, layout: Layout) -> int:
 
 def _without_heavy_tail(shards: list[Shard], limit: int) -> list[list[Shard]]:
     """The last bucket is reduced when backward is over, and nothing hides it: what is over a part of `limit` goes before it."""
-    room = limit // TAIL_PART
     last = len(shards) - 1
-    while last > 0 and sum(_aligned(s.numel) for s in shards[last - 1 :]) <= room:
+    room = limit // TAIL_PART - _aligned(shards[last].numel)
+    while last > 0 and (room := room - _aligned(shards[last - 1].numel)) >= 0:
         last -= 1
     return [shards[:last], shards[last:]] if last > 0 else [shards]
 

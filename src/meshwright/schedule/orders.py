@@ -23,17 +23,29 @@ def make_schedule(name: str, stages: int, micro_batches: int, chunks: int = 1) -
 
     Raises UserError for a name without one, and for chunks or micro-batches that the schedule is not made for.
     """
+    order = make_order(name, stages, micro_batches, chunks)
+    return with_communication(name, micro_batches, order.actions, order.placement)
+
+
+@lru_cache(maxsize=256)
+def make_order(name: str, stages: int, micro_batches: int, chunks: int = 1) -> Schedule:
+    """What `make_schedule` computes, without what it sends: enough to price it."""
     if name not in _ORDERS:
         raise choices(name, _ORDERS, "pipeline schedule")
     _check_chunks(name, chunks)
     check_micro_batches(name, stages, micro_batches)
-    orders = [_ORDERS[name](stage, stages, micro_batches, chunks) for stage in range(stages)]
-    return with_communication(name, micro_batches, orders, placement(name, stages, chunks))
+    orders = tuple(tuple(_ORDERS[name](stage, stages, micro_batches, chunks)) for stage in range(stages))
+    return Schedule(name, micro_batches, orders, placement(name, stages, chunks))
 
 
 def layout_schedule(layout: Layout, micro_batches: int) -> Schedule:
     """The schedule a layout runs; without a pipeline, forward and backward of each micro-batch in turn."""
     return make_schedule(layout.schedule, layout.pp, micro_batches, layout.chunks)
+
+
+def layout_order(layout: Layout, micro_batches: int) -> Schedule:
+    """What the stages of a layout compute, without what they send."""
+    return make_order(layout.schedule, layout.pp, micro_batches, layout.chunks)
 
 
 def check_micro_batches(name: str, stages: int, micro_batches: int) -> None:

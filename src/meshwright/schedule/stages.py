@@ -31,14 +31,18 @@ def placement(schedule: str, stages: int, chunks: int) -> tuple[tuple[int, ...],
     return tuple(tuple(chunk * stages + stage for chunk in range(chunks)) for stage in range(stages))
 
 
-@lru_cache(maxsize=1024)
 def stage_chunks(layers: int, layout: Layout) -> tuple[tuple[Chunk, ...], ...]:
     """The chunks of each stage."""
-    held = stage_layers(layers, layout.pp * layout.chunks)
+    return _stage_chunks(layers, layout.schedule, layout.pp, layout.chunks)
+
+
+@lru_cache(maxsize=1024)
+def _stage_chunks(layers: int, schedule: str, stages: int, chunks: int) -> tuple[tuple[Chunk, ...], ...]:
+    held = stage_layers(layers, stages * chunks)
     last = len(held) - 1
     return tuple(
         tuple(Chunk(place, held[place], place == 0, place == last) for place in places)
-        for places in placement(layout.schedule, layout.pp, layout.chunks)
+        for places in placement(schedule, stages, chunks)
     )
 
 
@@ -66,12 +70,16 @@ def stage_layers(layers: int, stages: int) -> tuple[range, ...]:
     return tuple(out)
 
 
-@lru_cache(maxsize=1024)
 def alike_stages(model: Model, layout: Layout) -> tuple[tuple[int, ...], ...]:
     """The stages in groups that hold the same kinds of layers in the same chunks and have as many neighbours."""
+    return _alike_stages(model, layout.schedule, layout.pp, layout.chunks)
+
+
+@lru_cache(maxsize=1024)
+def _alike_stages(model: Model, schedule: str, stages: int, chunks_each: int) -> tuple[tuple[int, ...], ...]:
     kinds: dict[tuple[object, ...], list[int]] = {}
-    for stage, chunks in enumerate(stage_chunks(model.layers, layout)):
+    for stage, chunks in enumerate(_stage_chunks(model.layers, schedule, stages, chunks_each)):
         key = tuple((c.first, c.last, *((model.window(i), model.is_moe(i)) for i in c.layers)) for c in chunks)
-        is_turn = layout.schedule in FOLDED and stage == layout.pp - 1
+        is_turn = schedule in FOLDED and stage == stages - 1
         kinds.setdefault((is_turn, *key), []).append(stage)
     return tuple(tuple(members) for members in kinds.values())

@@ -7,7 +7,7 @@ This table is the single source for the cost model's state bytes, the engine's s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ Cut = tuple[int, int, int]
 TIED_NAME = "embedding.tokens.weight"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shard:
     """One rank's part of one parameter: all of it, but for `cuts`."""
 
@@ -40,14 +40,14 @@ class Shard:
     routed: bool
     """Belongs to the routed experts: its data-parallel ranks are edp, not dp x cp."""
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         out = list(self.global_shape)
         for dim, _, length in self.cuts:
             out[dim] = length
         return tuple(out)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return prod(self.shape)
 
