@@ -576,9 +576,9 @@ def test_what_cannot_be_priced_is_refused() -> None:
         priced("dp8 mb1", model="llama-tiny", cluster="local", seq=64)
     with pytest.raises(UserError, match="8 ranks, but 16 are given"):
         api.estimate(model="gpt2", cluster="h100-superpod", seq=64, global_batch=8, layout="dp8", gpus=16)
-    with pytest.raises(UserError, match=r"llama-3-8b is dense"):
+    with pytest.raises(UserError, match="llama-3-8b is dense"):
         priced("dp8 ep2")
-    with pytest.raises(UserError, match="16 micro-batches|not a multiple of 4 stages"):
+    with pytest.raises(UserError, match="not a multiple of 4 stages"):
         priced("dp8 pp4x2:interleaved mb1")
 
 
