@@ -139,7 +139,10 @@ def _replicate(layout: Layout, bucket: Bucket) -> Collective | None:
 
 
 def _data_stride(layout: Layout) -> int:
-    return min(layout.stride(axis) for axis in ("dp", "cp") if layout.degree(axis) > 1 or layout.data_ranks == 1)
+    """Between neighbours of the ranks that hold the same dense weights."""
+    if layout.cp == 1:
+        return layout.stride("dp")
+    return layout.stride("cp") if layout.dp == 1 else min(layout.stride("dp"), layout.stride("cp"))
 
 
 def _parameter_gathers(

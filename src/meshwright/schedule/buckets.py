@@ -80,26 +80,26 @@ def plan_buckets(shards: Sequence[Shard], layout: Layout) -> tuple[Bucket, ...]:
     open_: dict[tuple[object, ...], list[Shard]] = {}
     filled: dict[tuple[object, ...], int] = {}
     out: list[Bucket] = []
+    limits = {routed: _limit(layout, routed) for routed in (False, True)}
     for shard in reversed(shards):
         unit = unit_of(shard.name) if layout.zero == 3 and shard.gathered else None
         key = (unit, shard.decay, shard.replicas, shard.partial, shard.routed)
-        waiting = open_.setdefault(key, [])
-        if waiting and unit is None and filled[key] + shard.numel > _limit(shard, layout):
+        waiting, numel = open_.setdefault(key, []), shard.numel
+        if waiting and unit is None and filled[key] + numel > limits[shard.routed]:
             out.append(_close(waiting, unit, layout))
             waiting.clear()
             filled[key] = 0
         waiting.append(shard)
-        filled[key] = filled.get(key, 0) + _aligned(shard.numel)
+        filled[key] = filled.get(key, 0) + _aligned(numel)
     for (unit_, *_), waiting in open_.items():
-        parts = [waiting] if unit_ is not None else _without_heavy_tail(waiting, limit=_limit(waiting[0], layout))
+        parts = [waiting] if unit_ is not None else _without_heavy_tail(waiting, limits[waiting[0].routed])
         out += [_close(part, unit_, layout) for part in parts]
     return tuple(out)
 
 
-def _limit(shard: Shard, layout: Layout) -> int:
+def _limit(layout: Layout, routed: bool) -> int:
     """Elements of a full bucket."""
-    ranks = layout.edp if shard.routed else layout.data_ranks
-    return bucket_bytes(ranks) // STATE_BYTES[layout.precision].gradient
+    return bucket_bytes(layout.edp if routed else layout.data_ranks) // STATE_BYTES[layout.precision].gradient
 
 
 def _without_heavy_tail(shards: list[Shard], limit: int) -> list[list[Shard]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd, prod
+from math import gcd
 from typing import Literal, get_args
 
 from meshwright.spec.errors import UserError, choices
@@ -133,7 +133,12 @@ class Layout:
 
     def stride(self, axis: str) -> int:
         """Distance in ranks between neighbours on `axis`, by the rank order."""
-        return prod(self.degree(a) for a in self.order[: self.order.index(axis)])
+        out = 1
+        for inner in self.order:
+            if inner == axis:
+                return out
+            out *= self.degree(inner)
+        raise KeyError(axis)
 
     def __str__(self) -> str:
         from meshwright.spec.notation import format_layout
