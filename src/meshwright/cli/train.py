@@ -47,14 +47,18 @@ def train(
     from meshwright.train.recipe import load_recipe
 
     parsed = load_recipe(recipe, overrides)
-    parsed.check()
+    checked = parsed.check()
 
-    from meshwright.train.launch import RankFailed, is_first_rank, launch
+    from meshwright.train.launch import RankFailed, is_first_rank, launch, local_ranks
     from meshwright.train.loop import peak_flops
     from meshwright.train.loop import train as run
+    from meshwright.train.room import check_machine_room
+
+    world = parsed.parsed_layout.world
+    check_machine_room(checked, parsed.parsed_layout, parsed.workload, local_ranks(os.environ, world))
 
     try:
-        launch(run, parsed.parsed_layout.world, parsed, peak_flops(parsed))
+        launch(run, world, parsed, peak_flops(parsed))
     except RankFailed as error:
         print(f"{error.details}error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

@@ -67,6 +67,12 @@ def outer_launcher(environment: Mapping[str, str]) -> dict[str, str] | None:
     }
 
 
+def local_ranks(environment: Mapping[str, str], world: int) -> int:
+    """Ranks that run on this machine: what the outer launcher says, or all `world` of them."""
+    outer = environment.get("LOCAL_WORLD_SIZE") or environment.get("SLURM_NTASKS_PER_NODE")
+    return int(outer) if outer_launcher(environment) is not None and outer else world
+
+
 def is_first_rank(environment: Mapping[str, str]) -> bool:
     """Whether this process, not a child of it, is rank 0 of the run or started it."""
     return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
