@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -45,3 +48,17 @@ def test_a_launcher_with_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match="needs 2 ranks, but the launcher started 4"):
         launch(train_workers.die_at_start, 2)
+
+
+def test_a_rank_of_an_outer_launcher_leaves_without_finalizing() -> None:
+    """What is printed is kept; what would run while the interpreter is taken down does not run."""
+    program = (
+        "import atexit; from meshwright.train.launch import leave_outer_launcher;"
+        "atexit.register(print, 'finalized'); print('done'); leave_outer_launcher()"
+    )
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    for environment, printed in ((launched, "done\n"), ({}, "done\nfinalized\n")):
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=120
+        )
+        assert (done.returncode, done.stdout) == (0, printed), done.stderr

@@ -49,7 +49,7 @@ def train(
     parsed = load_recipe(recipe, overrides)
     checked = parsed.check()
 
-    from meshwright.train.launch import RankFailed, is_first_rank, launch, local_ranks
+    from meshwright.train.launch import RankFailed, is_first_rank, launch, leave_outer_launcher, local_ranks
     from meshwright.train.loop import peak_flops
     from meshwright.train.loop import train as run
     from meshwright.train.room import check_machine_room
@@ -67,3 +67,4 @@ def train(
 
         plot_loss(parsed.log_path, parsed.out_dir / "loss.png")
         typer.echo(f"metrics {parsed.log_path}, loss plot, checkpoint and report in {parsed.out}", err=True)
+    leave_outer_launcher()

@@ -78,6 +78,18 @@ def is_first_rank(environment: Mapping[str, str]) -> bool:
     return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
 
 
+def leave_outer_launcher() -> None:
+    """End a rank of an outer launcher without taking the interpreter down, as children of multiprocessing end.
+
+    A worker thread of gloo that lets go of its last tensor while Python finalizes is unwound inside C++, which aborts: a run that
+    has finished would be reported as failed (pytorch #179291). Does nothing in a process that no launcher started.
+    """
+    if outer_launcher(os.environ) is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def rank_device() -> torch.device:
     """This rank's accelerator, or the CPU."""
     if torch.cuda.is_available():
