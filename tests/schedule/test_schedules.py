@@ -13,7 +13,7 @@ from meshwright.schedule.actions import Action, Kind, Schedule
 from meshwright.schedule.check import batches, check_schedule
 from meshwright.schedule.communication import with_communication
 from meshwright.schedule.orders import layout_schedule, make_schedule, peak_in_flight
-from meshwright.schedule.stages import stage_layers
+from meshwright.schedule.stages import consecutive, even_counts
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
 
@@ -203,9 +203,9 @@ def test_a_schedule_that_does_not_exist_is_refused(shape: Shape, said: str) -> N
 def test_stages_hold_the_layers_in_order_and_evenly(layers: int, stages: int) -> None:
     if stages > layers:
         with pytest.raises(UserError, match=rf"{stages} pipeline stages for {layers} layers.*at most {layers}"):
-            stage_layers(layers, stages)
+            even_counts(layers, stages)
         return
-    held = stage_layers(layers, stages)
+    held = consecutive(even_counts(layers, stages))
     counts = [len(its) for its in held]
     assert [layer for its in held for layer in its] == list(range(layers))
     assert max(counts) - min(counts) <= 1

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.spec.errors import UserError
-from meshwright.spec.layout import DENSE_AXES, PRECISIONS, RECOMPUTES, SCHEDULES, Layout
+from meshwright.spec.layout import DENSE_AXES, OFFLOAD_PLACES, PRECISIONS, RECOMPUTES, SCHEDULES, Layout
 from meshwright.spec.notation import EXAMPLE, GRAMMAR, format_layout, parse_layout
 
 DEGREES = st.sampled_from((1, 2, 3, 4, 6, 8, 20))
@@ -29,6 +29,11 @@ def layouts(draw: st.DrawFn) -> Layout:
     proper = [d for d in range(2, dp) if dp % d == 0]
     schedule = draw(st.sampled_from(SCHEDULES)) if pp > 1 else "1f1b"
     chunks = {"interleaved": draw(st.integers(2, 4)), "zb-v": 2, "dualpipe-v": 2}.get(schedule, 1)
+    recompute = draw(st.sampled_from(RECOMPUTES))
+    parts = draw(st.sampled_from([("core",), ("norms", "activation"), ("core", "norms", "mlp")]))
+    precision = draw(st.sampled_from(PRECISIONS))
+    dtypes = st.sampled_from([None, precision] if precision == "fp64" else [None, precision, "fp32"])
+    offload = draw(st.sampled_from(["none", "optimizer", *(["all"] if zero == 3 else [])]))
     return Layout(
         dp=dp,
         tp=tp,
@@ -43,8 +48,15 @@ def layouts(draw: st.DrawFn) -> Layout:
         schedule=schedule,  # type: ignore[arg-type]
         cp_ulysses=draw(divisors(cp)),
         micro_batch=draw(st.integers(1, 64)),
-        recompute=draw(st.sampled_from(RECOMPUTES)),  # type: ignore[arg-type]
-        precision=draw(st.sampled_from(PRECISIONS)),  # type: ignore[arg-type]
+        recompute=recompute,  # type: ignore[arg-type]
+        recompute_parts=parts if recompute == "selective" else ("core",),  # type: ignore[arg-type]
+        recompute_layers=draw(st.sampled_from([None, 1, 7])) if recompute != "none" else None,
+        precision=precision,  # type: ignore[arg-type]
+        parameter_dtype=draw(dtypes),  # type: ignore[arg-type]
+        gradient_dtype=draw(dtypes),  # type: ignore[arg-type]
+        offload=offload,  # type: ignore[arg-type]
+        offload_to=draw(st.sampled_from(OFFLOAD_PLACES)) if offload != "none" else "cpu",  # type: ignore[arg-type]
+        stage_layers=draw(st.sampled_from([None, tuple(range(1, pp * chunks + 1))])) if pp > 1 else None,
         order=tuple(draw(st.permutations(DENSE_AXES))),
     )
 
@@ -83,6 +95,10 @@ CANONICAL = [
     "cp8:ring2xulysses4 mb1 bf16",
     "tp8 etp2 mb1 bf16",
     "dp2 tp2:sp pp2:1f1b mb1 bf16 order:pp-dp-cp-tp",
+    "mb1 ac:core+norms+activation:3 bf16",
+    "mb1 ac:full:2 bf16",
+    "dp4:zero3 mb1 bf16 params:fp32 grads:bf16 offload:all@file",
+    "pp4:1f1b mb1 bf16 offload:optimizer stages:7-8-8-7",
 ]
 
 
@@ -150,6 +166,18 @@ FIELDS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"schedule": "gpip", "pp": 2}, ("'gpip'", "did you mean gpipe?", *SCHEDULES)),
     ({"recompute": "some"}, ("'some'", *RECOMPUTES)),
     ({"precision": "bf61"}, ("'bf61'", *PRECISIONS)),
+    ({"recompute_parts": ("norms",)}, ("parts", "ac:none")),
+    ({"recompute": "selective", "recompute_parts": ("mlp", "core")}, ("'mlp+core'", "core, norms, activation, mlp")),
+    ({"recompute": "selective", "recompute_parts": ("activation", "mlp")}, ("leave activation out",)),
+    ({"recompute_layers": 2}, ("recompute of 2 layers", "ac:full:2")),
+    ({"parameter_dtype": "fp64"}, ("parameter dtype fp64 with bf16", "legal: bf16, fp32")),
+    ({"gradient_dtype": "fp16"}, ("gradient dtype fp16 with bf16", "bf16, fp32")),
+    ({"gradient_dtype": "fp32", "precision": "fp64"}, ("fp32 is narrower than the fp64",)),
+    ({"offload_to": "file"}, ("offload:optimizer@file",)),
+    ({"offload": "all", "zero": 2, "dp": 2}, ("ZeRO-3", "got zero2", "offload:optimizer")),
+    ({"stage_layers": (4, 4)}, ("stages:4-4", "1 chunks")),
+    ({"stage_layers": (4,)}, ("pp of 2 or more", "pp1")),
+    ({"stage_layers": (4, 0), "pp": 2}, ("stages:4-0", "1 or more layers", "2 chunks")),
     ({"zero": 4, "dp": 2}, ("0, 1, 2 or 3", "got 4")),
     ({"zero": -1, "dp": 2}, ("0, 1, 2 or 3", "got -1")),
     ({"order": ("tp", "dp", "pp")}, ("tp-dp-pp", *DENSE_AXES)),
@@ -183,7 +211,7 @@ def test_a_layout_that_cannot_be_is_refused_with_its_values_and_the_legal_ones(
         assert part in message
 
 
-LEGAL_TOKENS = ("dpN", "tpN", "ppN", "cpN", "epN", "mbN", "ac:MODE", "order:A-B-C-D")
+LEGAL_TOKENS = ("dpN", "tpN", "ppN", "cpN", "epN", "mbN", "ac:MODE[:N]", "order:A-B-C-D")
 TEXTS: list[tuple[str, tuple[str, ...]]] = [
     *[(text, ("empty", EXAMPLE, "'dp1'")) for text in ("", "  \t")],
     *[
@@ -199,6 +227,9 @@ TEXTS: list[tuple[str, tuple[str, ...]]] = [
     ("mb1 mb1", ("gives micro_batch twice", "'mb1'")),
     ("pp4:foo", ("'foo'", *SCHEDULES)),
     ("ac:som", ("'som'", *RECOMPUTES)),
+    *[(token, (repr(token), *LEGAL_TOKENS)) for token in ("ac:full:x", "params:fp31", "stages:4-", "stages:a")],
+    ("offload:everything", ("'everything'", "optimizer", "all")),
+    ("offload:optimizer@disk", ("'disk'", "cpu", "file")),
     ("order:tp-dp", ("tp-dp", *DENSE_AXES)),
     ("cp4:ring2xulysses3", ("cp4:ring2xulysses3", "ring 2 x ulysses 3 = 6", "not 4")),
     ("dp0", ("dp must be at least 1", "got 0")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
@@ -33,12 +34,14 @@ def placement(schedule: str, stages: int, chunks: int) -> tuple[tuple[int, ...],
 
 def stage_chunks(layers: int, layout: Layout) -> tuple[tuple[Chunk, ...], ...]:
     """The chunks of each stage."""
-    return _stage_chunks(layers, layout.schedule, layout.pp, layout.chunks)
+    return _stage_chunks(layers, layout.schedule, layout.pp, layout.chunks, layout.stage_layers)
 
 
 @lru_cache(maxsize=1024)
-def _stage_chunks(layers: int, schedule: str, stages: int, chunks: int) -> tuple[tuple[Chunk, ...], ...]:
-    held = stage_layers(layers, stages * chunks)
+def _stage_chunks(
+    layers: int, schedule: str, stages: int, chunks: int, counts: tuple[int, ...] | None
+) -> tuple[tuple[Chunk, ...], ...]:
+    held = consecutive(counts or even_counts(layers, stages * chunks))
     last = len(held) - 1
     return tuple(
         tuple(Chunk(place, held[place], place == 0, place == last) for place in places)
@@ -53,8 +56,8 @@ def rank_shards(model: Model, layout: Layout, stage: int, seat: Seat) -> tuple[S
     return tuple(s for c in chunks for s in chunk_shards(model, split, seat, c.layers, c.first, c.last))
 
 
-def stage_layers(layers: int, stages: int) -> tuple[range, ...]:
-    """Consecutive layers of each stage. Left-over layers go to the stages before the last, from the back:
+def even_counts(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers of each stage. Left-over layers go to the stages before the last, from the back:
 
     the last stage also carries the head, and the first ones hold the most micro-batches in flight.
     """
@@ -63,22 +66,26 @@ def stage_layers(layers: int, stages: int) -> tuple[range, ...]:
     counts = [layers // stages] * stages
     for stage in range(layers % stages):
         counts[stages - 2 - stage] += 1
-    out, start = [], 0
-    for count in counts:
-        out.append(range(start, start + count))
-        start += count
-    return tuple(out)
+    return tuple(counts)
+
+
+def consecutive(counts: tuple[int, ...]) -> tuple[range, ...]:
+    """The layers of stages that hold so many each."""
+    ends = tuple(accumulate(counts))
+    return tuple(range(end - count, end) for end, count in zip(ends, counts, strict=True))
 
 
 def alike_stages(model: Model, layout: Layout) -> tuple[tuple[int, ...], ...]:
     """The stages in groups that hold the same kinds of layers in the same chunks and have as many neighbours."""
-    return _alike_stages(model, layout.schedule, layout.pp, layout.chunks)
+    return _alike_stages(model, layout.schedule, layout.pp, layout.chunks, layout.stage_layers)
 
 
 @lru_cache(maxsize=1024)
-def _alike_stages(model: Model, schedule: str, stages: int, chunks_each: int) -> tuple[tuple[int, ...], ...]:
+def _alike_stages(
+    model: Model, schedule: str, stages: int, chunks_each: int, counts: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], ...]:
     kinds: dict[tuple[object, ...], list[int]] = {}
-    for stage, chunks in enumerate(_stage_chunks(model.layers, schedule, stages, chunks_each)):
+    for stage, chunks in enumerate(_stage_chunks(model.layers, schedule, stages, chunks_each, counts)):
         key = tuple((c.first, c.last, *((model.window(i), model.is_moe(i)) for i in c.layers)) for c in chunks)
         is_turn = schedule in FOLDED and stage == stages - 1
         kinds.setdefault((is_turn, *key), []).append(stage)

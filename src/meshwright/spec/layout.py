@@ -13,9 +13,16 @@ ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpip
 Recompute = Literal["none", "selective", "full"]
 Precision = Literal["fp64", "fp32", "bf16", "fp16", "fp8"]
 
+RecomputePart = Literal["core", "norms", "activation", "mlp"]
+Offload = Literal["none", "optimizer", "all"]
+OffloadTo = Literal["cpu", "file"]
+
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 RECOMPUTES: tuple[str, ...] = get_args(Recompute)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+RECOMPUTE_PARTS: tuple[str, ...] = get_args(RecomputePart)
+OFFLOADS: tuple[str, ...] = get_args(Offload)
+OFFLOAD_PLACES: tuple[str, ...] = get_args(OffloadTo)
 DENSE_AXES = ("tp", "cp", "dp", "pp")
 """The axes of the dense world equation, in the default rank order: innermost first."""
 
@@ -49,7 +56,21 @@ class Layout:
     """The part of cp done by all-to-all over heads; the rest, cp / cp_ulysses, is a ring."""
     micro_batch: int = 1
     recompute: Recompute = "none"
+    recompute_parts: tuple[RecomputePart, ...] = ("core",)
+    """What selective recompute runs again: the attention core, the norms, the MLP's activation function, the whole MLP."""
+    recompute_layers: int | None = None
+    """Recompute only the first so many layers of each chunk. None: all."""
     precision: Precision = "bf16"
+    """What is computed in."""
+    parameter_dtype: Precision | None = None
+    """What parameters are kept in between steps. None: as computed in, with a fp32 master copy where that is narrower."""
+    gradient_dtype: Precision | None = None
+    """What gradients are summed and reduced in. None: fp32 where the compute precision is narrower, else the same."""
+    offload: Offload = "none"
+    """What waits outside the accelerator until it is needed: the optimizer state, or (with ZeRO-3) the parameters too."""
+    offload_to: OffloadTo = "cpu"
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of each chunk, in the order of the model. None: as even as can be."""
     order: tuple[str, ...] = DENSE_AXES
     """Rank order, innermost (fastest-varying) axis first."""
 
@@ -57,7 +78,13 @@ class Layout:
         for name in ("dp", "tp", "pp", "cp", "ep", "etp", "chunks", "cp_ulysses", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, legal in (("schedule", SCHEDULES), ("recompute", RECOMPUTES), ("precision", PRECISIONS)):
+        for name, legal in (
+            ("schedule", SCHEDULES),
+            ("recompute", RECOMPUTES),
+            ("precision", PRECISIONS),
+            ("offload", OFFLOADS),
+            ("offload_to", OFFLOAD_PLACES),
+        ):
             if getattr(self, name) not in legal:
                 raise choices(str(getattr(self, name)), legal, name)
         if self.zero not in (0, 1, 2, 3):
@@ -82,6 +109,43 @@ class Layout:
             )
         if self.schedule in ("zb-v", "dualpipe-v") and self.chunks != 2:
             raise UserError(f"schedule {self.schedule} folds two chunks on each stage: write pp{self.pp}x2:{self.schedule}")
+
+        self._refuse_ignored_memory_modes()
+
+    def _refuse_ignored_memory_modes(self) -> None:
+        if self.recompute_parts != ("core",) and self.recompute != "selective":
+            raise UserError(f"a list of parts to recompute goes with selective recompute, not with ac:{self.recompute}")
+        if not self.recompute_parts or self.recompute_parts != tuple(
+            p for p in RECOMPUTE_PARTS if p in self.recompute_parts
+        ):
+            given = "+".join(self.recompute_parts)
+            raise UserError(
+                f"parts to recompute {given!r}: name each at most once, in this order: {', '.join(RECOMPUTE_PARTS)}"
+            )
+        if {"mlp", "activation"} <= set(self.recompute_parts):
+            raise UserError("recomputing the mlp runs its activation again too: leave activation out")
+        if self.recompute_layers is not None and (self.recompute == "none" or self.recompute_layers < 1):
+            raise UserError(
+                f"recompute of {self.recompute_layers} layers: give a mode (ac:full:{self.recompute_layers}) and 1 or more"
+            )
+        for name in ("parameter_dtype", "gradient_dtype"):
+            given = getattr(self, name)
+            if given is not None and given not in ("fp32", self.precision):
+                raise UserError(f"{name.replace('_', ' ')} {given} with {self.precision}; legal: {self.precision}, fp32")
+            if given == "fp32" and self.precision == "fp64":
+                raise UserError(f"{name.replace('_', ' ')} fp32 is narrower than the fp64 that is computed in")
+        if self.offload == "none" and self.offload_to != "cpu":
+            raise UserError(f"offload to a {self.offload_to} needs to know what: write offload:optimizer@{self.offload_to}")
+        if self.offload == "all" and self.zero != 3:
+            raise UserError(
+                f"offload:all keeps parameters away between uses, which is ZeRO-3's: got zero{self.zero}; try offload:optimizer"
+            )
+        if self.stage_layers is not None:
+            if len(self.stage_layers) != self.pp * self.chunks or min(self.stage_layers) < 1:
+                given = "-".join(map(str, self.stage_layers))
+                raise UserError(f"stages:{given} must give 1 or more layers for each of the {self.pp * self.chunks} chunks")
+            if self.pp == 1:
+                raise UserError("stages:... needs a pipeline: pp of 2 or more, got pp1")
 
     def _refuse_broken_equations(self) -> None:
         if self.cp % self.cp_ulysses:

@@ -29,6 +29,12 @@ def check_layout(layout: Layout, model: Model, workload: Workload) -> None:
             f"{model.name} has {model.layers} layers, fewer than the {layout.pp * layout.chunks} stages of "
             f"pp{layout.pp}{f'x{layout.chunks}' if layout.chunks > 1 else ''}: pp x chunks is at most {model.layers}"
         )
+    if layout.stage_layers is not None and sum(layout.stage_layers) != model.layers:
+        given = "-".join(map(str, layout.stage_layers))
+        raise UserError(
+            f"stages:{given} holds {sum(layout.stage_layers)} layers, but {model.name} has {model.layers}: "
+            f"`meshwright layout --balance` writes stages of equal cost"
+        )
     per_step = layout.dp * layout.micro_batch
     if workload.global_batch % per_step:
         below = workload.global_batch // per_step * per_step
@@ -75,6 +81,11 @@ def refuse_unbuilt(layout: Layout) -> None:
     for given, built, what in (
         (layout.recompute, BUILT_RECOMPUTES, "recompute mode"),
         (layout.precision, tuple(STATE_BYTES), "precision"),
+        ("+".join(layout.recompute_parts), ("core",), "recompute of"),
+        (layout.recompute_layers, (None,), "recompute of so many layers:"),
+        (layout.parameter_dtype, (None,), "a parameter dtype of its own:"),
+        (layout.gradient_dtype, (None,), "a gradient dtype of its own:"),
+        (layout.offload, ("none",), "offload"),
     ):
         if given not in built:
             raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")

@@ -11,7 +11,16 @@ import re
 from typing import Any
 
 from meshwright.spec.errors import UserError
-from meshwright.spec.layout import DENSE_AXES, PRECISIONS, RECOMPUTES, SCHEDULES, Layout
+from meshwright.spec.layout import (
+    DENSE_AXES,
+    OFFLOAD_PLACES,
+    OFFLOADS,
+    PRECISIONS,
+    RECOMPUTE_PARTS,
+    RECOMPUTES,
+    SCHEDULES,
+    Layout,
+)
 
 GRAMMAR = """\
 dpN[:zeroK[xG]]   data parallel; ZeRO stage K, sharded within groups of G
@@ -20,11 +29,17 @@ ppN[xV][:NAME]    pipeline stages; V chunks a stage; schedule: {schedules}
 cpN[:ring|:ulysses|:ringAxulyssesB]   context parallel
 epN, etpN         expert parallel; tensor parallel inside an expert
 mbN               sequences in a micro-batch
-ac:MODE           activation recompute: {recomputes}
-{precisions}      precision
+ac:MODE[:N]       activation recompute: {recomputes}, or a list such as core+norms of {parts}; of N layers a chunk
+{precisions}      precision that is computed in
+params:P, grads:P precision of kept parameters, of summed gradients
+offload:WHAT[@WHERE]  what is kept away until it is needed: {offloads}; WHERE: {places}
+stages:A-B-...    layers of each pipeline chunk, in the order of the model
 order:A-B-C-D     rank order, innermost first (default {order})""".format(
     schedules=", ".join(SCHEDULES),
     recomputes=", ".join(RECOMPUTES),
+    parts=", ".join(RECOMPUTE_PARTS),
+    offloads=", ".join(OFFLOADS[1:]),
+    places=", ".join(OFFLOAD_PLACES),
     precisions=" | ".join(PRECISIONS),
     order="-".join(DENSE_AXES),
 )
@@ -67,8 +82,15 @@ def format_layout(layout: Layout) -> str:
     tokens += [f"{axis}{layout.degree(axis)}" for axis in ("ep", "etp") if layout.degree(axis) > 1]
     tokens.append(f"mb{layout.micro_batch}")
     if layout.recompute != "none":
-        tokens.append(f"ac:{layout.recompute}")
+        mode = layout.recompute if layout.recompute_parts == ("core",) else "+".join(layout.recompute_parts)
+        tokens.append(f"ac:{mode}" + (f":{layout.recompute_layers}" if layout.recompute_layers else ""))
     tokens.append(layout.precision)
+    tokens += [f"params:{layout.parameter_dtype}"] if layout.parameter_dtype else []
+    tokens += [f"grads:{layout.gradient_dtype}"] if layout.gradient_dtype else []
+    if layout.offload != "none":
+        tokens.append(f"offload:{layout.offload}" + (f"@{layout.offload_to}" if layout.offload_to != "cpu" else ""))
+    if layout.stage_layers is not None:
+        tokens.append("stages:" + "-".join(map(str, layout.stage_layers)))
     if layout.order != DENSE_AXES:
         tokens.append("order:" + "-".join(layout.order))
     return " ".join(tokens)
@@ -77,8 +99,20 @@ def format_layout(layout: Layout) -> str:
 def _read_token(token: str) -> dict[str, Any]:
     if token in PRECISIONS:
         return {"precision": token}
-    if token.startswith("ac:"):
-        return {"recompute": token[3:]}
+    name, _, value = token.partition(":")
+    if name == "ac":
+        return _read_recompute(token, value)
+    if name in ("params", "grads"):
+        if value not in PRECISIONS:
+            raise _not_understood(token)
+        return {"parameter_dtype" if name == "params" else "gradient_dtype": value}
+    if name == "offload":
+        what, _, where = value.partition("@")
+        return {"offload": what} | ({"offload_to": where} if where else {})
+    if name == "stages":
+        if not re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})*", value):
+            raise _not_understood(token)
+        return {"stage_layers": tuple(int(n) for n in value.split("-"))}
     if token.startswith("order:"):
         return {"order": tuple(token[6:].split("-"))}
     match = _AXIS.fullmatch(token)
@@ -93,6 +127,16 @@ def _read_token(token: str) -> dict[str, Any]:
     if mode is not None:
         fields.update(_read_mode(token, axis, mode))
     return fields
+
+
+def _read_recompute(token: str, value: str) -> dict[str, Any]:
+    mode, _, layers = value.partition(":")
+    fields: dict[str, Any] = {"recompute": mode}
+    if mode not in RECOMPUTES and set(mode.split("+")) <= set(RECOMPUTE_PARTS):
+        fields = {"recompute": "selective", "recompute_parts": tuple(mode.split("+"))}
+    if layers and not re.fullmatch(r"[0-9]{1,6}", layers):
+        raise _not_understood(token)
+    return fields | ({"recompute_layers": int(layers)} if layers else {})
 
 
 def _read_mode(token: str, axis: str, mode: str) -> dict[str, Any]:
