@@ -13,6 +13,7 @@ from collections.abc import Callable
 from meshwright.cost.estimate import Estimate, Estimator
 from meshwright.planner.search import Plan
 from meshwright.planner.search import plan as search
+from meshwright.planner.stages import Balanced, balance_stages
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
@@ -42,6 +43,12 @@ def estimate(
     if gpus is not None:
         check_world(parsed, gpus)
     return Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch)).estimate(parsed)
+
+
+def balance(*, model: str | Model, cluster: str | Cluster, layout: str | Layout, seq: int, global_batch: int) -> Balanced:
+    """Cut the pipeline of `layout` into stages of equal cost; arguments as in `estimate`."""
+    parsed = parse_layout(layout) if isinstance(layout, str) else layout
+    return balance_stages(Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch)), parsed)
 
 
 def plan(

@@ -33,7 +33,7 @@ def check_layout(layout: Layout, model: Model, workload: Workload) -> None:
         given = "-".join(map(str, layout.stage_layers))
         raise UserError(
             f"stages:{given} holds {sum(layout.stage_layers)} layers, but {model.name} has {model.layers}: "
-            f"`meshwright layout --balance` writes stages of equal cost"
+            f"`meshwright layout balance` writes stages of equal cost"
         )
     per_step = layout.dp * layout.micro_batch
     if workload.global_batch % per_step:
