@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from meshwright.cost.economics import Bill
 from meshwright.cost.estimate import Estimate, Estimator
+from meshwright.planner.bill import Terms, training_bill
 from meshwright.planner.search import Plan
 from meshwright.planner.search import plan as search
 from meshwright.planner.stages import Balanced, balance_stages
@@ -49,6 +51,22 @@ def balance(*, model: str | Model, cluster: str | Cluster, layout: str | Layout,
     """Cut the pipeline of `layout` into stages of equal cost; arguments as in `estimate`."""
     parsed = parse_layout(layout) if isinstance(layout, str) else layout
     return balance_stages(Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch)), parsed)
+
+
+def bill(
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    layout: str | Layout,
+    seq: int,
+    global_batch: int,
+    tokens: float,
+    terms: Terms | None = None,
+) -> tuple[Estimate, Bill]:
+    """What a run of `tokens` costs under a layout; other arguments as in `estimate`."""
+    known_model, known_cluster = _model(model), _cluster(cluster)
+    priced = estimate(model=known_model, cluster=known_cluster, layout=layout, seq=seq, global_batch=global_batch)
+    return priced, training_bill(priced, known_model, known_cluster, tokens, terms)
 
 
 def plan(
