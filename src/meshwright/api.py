@@ -9,12 +9,11 @@ e.mfu, e.tokens_per_s, e.as_dict()
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from meshwright.cost.economics import Bill
 from meshwright.cost.estimate import Estimate, Estimator
 from meshwright.planner.bill import Terms, training_bill
-from meshwright.planner.search import Plan
-from meshwright.planner.search import plan as search
 from meshwright.planner.stages import Balanced, balance_stages
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.cluster import Cluster
@@ -25,6 +24,9 @@ from meshwright.spec.legality import check_world
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.workload import Workload
+
+if TYPE_CHECKING:
+    from meshwright.planner.search import Plan
 
 
 def estimate(
@@ -81,6 +83,8 @@ def plan(
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
     """Search for the quickest layout that fits; arguments as in `estimate`. `progress` gets the number priced so far."""
+    from meshwright.planner.search import plan as search  # the search alone needs NumPy
+
     if gpus < 1:
         raise UserError(f"gpus must be at least 1, got {gpus}")
     workload = Workload(seq, global_batch)

@@ -19,7 +19,6 @@ MANY_RANKS = 64
 
 
 def models_table(models: Sequence[Model]) -> RenderableType:
-    """Every model can be priced, verified and trained; `plan` does not search for all of them yet."""
     table = Table(title="models", title_justify="left")
     for name in (
         "name",
@@ -31,14 +30,12 @@ def models_table(models: Sequence[Model]) -> RenderableType:
         "heads",
         "kv heads",
         "vocabulary",
-        "searched",
     ):
         table.add_column(name, justify="left" if name in ("name", "family") else "right")
     for m in models:
         counts = count_parameters(m)
-        searched = "yes" if m.dense and not m.latent and not m.sinks else "not yet"
         figures = (m.layers, m.hidden, m.heads, m.kv_heads, m.vocab)
-        table.add_row(m.name, m.family, count(counts.total), count(counts.active), *map(str, figures), searched)
+        table.add_row(m.name, m.family, count(counts.total), count(counts.active), *map(str, figures))
     return table
 
 

@@ -91,15 +91,6 @@ def refuse_unbuilt(layout: Layout) -> None:
             raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")
 
 
-def refuse_unbuilt_model(model: Model) -> None:
-    """This version prices dense decoders."""
-    if not model.dense or model.latent or model.sinks:
-        raise UserError(
-            f"{model.name} ({model.family}): this version prices dense decoders; mixture of experts, latent attention "
-            "and attention sinks can be counted (`meshwright models`) and run, not yet planned"
-        )
-
-
 def refuse_unrunnable_model(model: Model) -> None:
     """A rotary rule changes no shape, so it can be priced, but the engine must know it."""
     if model.rope is not None and model.rope.scaling is not None:
