@@ -303,7 +303,7 @@ class Estimator:
         return sum(kernels.gemm(g) if isinstance(g, Gemm) else kernels.attention(g) for g in op.work)
 
     def _exposed(self, op: Under, work: float) -> float:
-        seconds = self.times.seconds(op.collective)
+        seconds = self.times.seconds(op.collective) * op.calls
         return max(0.0, seconds - work) if self.times.hides else seconds
 
     def _step_end(self, program: Program, layout: Layout, d: Durations) -> float:
@@ -349,7 +349,7 @@ class Estimator:
             for op in (*piece.forward, *piece.backward):
                 if isinstance(op, Under):
                     c = op.collective
-                    gained = self.times.seconds(c) - self._exposed(op, self._work(op, kernels))
+                    gained = self.times.seconds(c) * op.calls - self._exposed(op, self._work(op, kernels))
                     key = (c.axis, c.op, c.group_size)
                     hidden[key] = hidden.get(key, 0.0) + gained * repeat * m
         reductions = [self.times.seconds(c) for c in program.gradient_reductions]

@@ -131,7 +131,14 @@ def apply(
         ]
     for decoder in chunks:
         if layout.tp > 1:
-            apply_tensor_parallel(decoder, mesh["tp"], gradients, sequence=layout.sp, micro_batch=layout.micro_batch)
+            apply_tensor_parallel(
+                decoder,
+                mesh["tp"],
+                gradients,
+                sequence=layout.sp,
+                micro_batch=layout.micro_batch,
+                overlap=layout.async_tp,
+            )
         _split_experts(decoder, mesh, gradients, balance, workload.seq)
         _keep_weight_gradients(decoder, gradients)
         if layout.recompute == "selective":
@@ -173,6 +180,7 @@ def _split_experts(decoder: Decoder, mesh: Mesh, gradients: WeightGradients, bal
                 etp=layout.etp,
                 sequence=layout.sp,
                 micro_batch=layout.micro_batch,
+                overlap=layout.async_tp,
             )
             if balance is not None:
                 apply_balance(layer.moe, balance, mesh, seq)
