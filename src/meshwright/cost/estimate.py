@@ -20,7 +20,7 @@ from meshwright.spec.cluster import Cluster
 from meshwright.spec.collectives import load_collective_constants
 from meshwright.spec.kernels import load_kernel_constants
 from meshwright.spec.layout import Layout
-from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt
+from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt, refuse_unpriced
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
@@ -217,6 +217,7 @@ class Estimator:
     def check(self, layout: Layout) -> None:
         """Raise UserError when the layout cannot run this model and workload, or is not built yet."""
         refuse_unbuilt(layout)
+        refuse_unpriced(layout.precision)
         check_layout(layout, self.model, self.workload)
         check_room(layout, self.cluster)
         _ = self._kernels(layout, shared=False).peak_flops

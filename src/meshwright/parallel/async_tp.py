@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright.parallel.collectives import Group
-from meshwright.parallel.linear import WeightGradients, sum_of_products
+from meshwright.parallel.linear import WeightGradients, input_gradient_into, product, product_into, sum_of_products
 
 
 def gather_and_multiply(
@@ -52,7 +52,7 @@ class _GatherAndMultiply(torch.autograd.Function):
         x_TD = _whole_like(x_tD, group)
         for rank in _arrivals(x_tD, x_TD, group):
             for weight_OD, y_TO in zip(weights_OD, outputs, strict=True):
-                torch.mm(_piece(x_TD, rank, group), weight_OD.t(), out=_piece(y_TO, rank, group))
+                product_into(_piece(y_TO, rank, group), _piece(x_TD, rank, group), weight_OD)
         return outputs
 
     @staticmethod
@@ -76,14 +76,14 @@ class _MultiplyAndScatter(torch.autograd.Function):
     def forward(ctx: Any, x_TI: Tensor, group: Group, gradients: WeightGradients, weight_OI: nn.Parameter) -> Tensor:
         ctx.save_for_backward(x_TI)
         ctx.group, ctx.gradients, ctx.weight = group, gradients, weight_OI
-        return _scattered_sum(lambda rank: _piece(x_TI, rank, group) @ weight_OI.t(), group)
+        return _scattered_sum(lambda rank: product(_piece(x_TI, rank, group), weight_OI), group)
 
     @staticmethod
     def backward(ctx: Any, grad_tO: Tensor) -> tuple[Any, ...]:
         (x_TI,), group, weight_OI = ctx.saved_tensors, ctx.group, ctx.weight
         grad_TO, dx_TI = _whole_like(grad_tO, group), torch.empty_like(x_TI)
         for rank in _arrivals(grad_tO, grad_TO, group):
-            torch.mm(_piece(grad_TO, rank, group), weight_OI, out=_piece(dx_TI, rank, group))
+            input_gradient_into(_piece(dx_TI, rank, group), _piece(grad_TO, rank, group), weight_OI)
         ctx.gradients.add(weight_OI, grad_TO, x_TI)
         return dx_TI, None, None, None
 

@@ -29,7 +29,7 @@ from meshwright.parallel.collectives import (
     identity_forward_all_reduce_backward,
     reduce_scatter_forward_all_gather_backward,
 )
-from meshwright.parallel.linear import WeightGradients, linear, sum_of_products
+from meshwright.parallel.linear import WeightGradients, linear, product, sum_of_products
 from meshwright.parallel.vocab import VocabParallelEmbedding
 
 
@@ -180,7 +180,7 @@ class _ColumnParallelLinears(torch.autograd.Function):
             whole = x.new_empty(shared.group.size * x.shape[0], x.shape[1])
             shared.group.all_gather(whole, x)
             x = whole
-        return tuple(F.linear(x, weight) for weight in weights)
+        return tuple(product(x, weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

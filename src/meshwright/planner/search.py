@@ -13,7 +13,7 @@ from meshwright.planner.explain import alternatives, reason_against
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout, Precision
-from meshwright.spec.legality import check_layout, refuse_unbuilt, refuse_unbuilt_model
+from meshwright.spec.legality import check_layout, refuse_unbuilt_model, refuse_unpriced
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
@@ -73,7 +73,7 @@ def plan(
     `progress` is called with the number of layouts priced so far. Raises UserError when no layout is legal at all.
     """
     began = time.perf_counter()
-    refuse_unbuilt(Layout(precision=precision))
+    refuse_unpriced(precision)
     check_layout(Layout(), model, workload)  # what one rank cannot run, no split can
     refuse_unbuilt_model(model)
     estimator = Estimator(model, cluster, workload)
