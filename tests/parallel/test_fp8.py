@@ -49,6 +49,25 @@ def test_products_round_as_much_as_their_formats(size: float) -> None:
         assert error.max() > 4 * BF16 * (a @ b).abs().mean()  # it is not the bf16 product
 
 
+def of_format(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Numbers that the format has, its largest among them, so that scaling keeps each as it is; in bf16, which has them too."""
+    x = (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.finfo(dtype).max / 8).to(dtype).bfloat16()
+    x.view(-1)[0] = torch.finfo(dtype).max
+    return x
+
+
+def test_numbers_that_the_formats_have_are_multiplied_exactly() -> None:
+    """Weights and activations in e4m3, gradients in e5m2: in any other format some of them would be rounded."""
+    x, w = of_format(torch.float8_e4m3fn, 8, 64), of_format(torch.float8_e4m3fn, 48, 64)
+    g = of_format(torch.float8_e5m2, 8, 48)
+    for got, expected in (
+        (fp8_product(x, w), x.double() @ w.double().t()),
+        (fp8_input_gradient(g, w), g.double() @ w.double()),
+    ):
+        error = (got.double() - expected).abs()
+        assert (error <= BF16 * expected.abs() + 1e-6 * expected.abs().max()).all()
+
+
 def test_a_factor_of_zeros_gives_zeros() -> None:
     assert not fp8_product(torch.zeros(4, 16).bfloat16(), torch.ones(16, 16).bfloat16()).any()
 
