@@ -106,6 +106,7 @@ SPARSE_LAYOUTS = (
     "dp2:zero3 pp2x2:zb-v ep2 mb1",
     "cp2:ring tp2:sp ep4 mb2",
     "cp2:ulysses ep2 mb4",
+    "dp2 tp2:async ep4 mb2 ac:full",
 )
 """Experts over any of the other axes."""
 
@@ -113,6 +114,7 @@ MORE_LAYOUTS = (
     "mb1",
     "tp4 mb4",
     "tp4:sp mb4",
+    "tp4:async mb4",
     "pp4 mb1",
     "pp2:gpipe mb2",
     "dp4:zero1 mb1",
@@ -135,6 +137,9 @@ MORE_LAYOUTS = (
     "dp2:zero2 cp2:ulysses mb1 ac:selective",
     "cp4:ring2xulysses2 mb4",
     "dp2 cp2:ring tp2:sp mb2",
+    "cp2:ring tp2:async mb2 ac:full",
+    "dp2:zero3 tp2:async pp2x2:zb-v mb1",
+    "dp2:zero1 tp2:async pp2 mb2 ac:selective",
     "dp2:zero3 cp2 pp2:zb-h1 mb1",
     "dp2 pp2 mb1 stages:3-1",
     "tp2:sp pp2:zb-h1 mb2 stages:1-3",

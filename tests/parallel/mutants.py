@@ -35,6 +35,7 @@ ENGINE = (
     "collectives",
     "vocab",
     "linear",
+    "async_tp",
     "tensor",
     "mesh",
     "data",

@@ -40,7 +40,9 @@ def check_traffic(model: Model, layout: str, precision: str) -> None:
         assert rank["state"] == state_bytes(program, parsed)
 
 
-@pytest.mark.parametrize("layout", ["dp2 tp2:sp pp2 mb1 fp32", "dp2:zero1 tp2 mb1 fp32", "dp4 mb1 fp32"])
+@pytest.mark.parametrize(
+    "layout", ["dp2 tp2:sp pp2 mb1 fp32", "dp2:zero1 tp2 mb1 fp32", "dp4 mb1 fp32", "tp4:async mb1 fp32"]
+)
 def test_ledger_has_a_witness(layout: str) -> None:
     """The ledger misses no call that reaches torch.distributed, and invents none."""
     parsed = parse_layout(layout)

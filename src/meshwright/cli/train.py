@@ -49,13 +49,16 @@ def train(
     parsed = load_recipe(recipe, overrides)
     checked = parsed.check()
 
-    from meshwright.train.launch import RankFailed, is_first_rank, launch, leave_outer_launcher, local_ranks
+    from meshwright.parallel.fp8 import refuse_fp8
+    from meshwright.train.launch import RankFailed, is_first_rank, launch, leave_outer_launcher, local_ranks, rank_device
     from meshwright.train.loop import peak_flops
     from meshwright.train.loop import train as run
     from meshwright.train.room import check_machine_room
 
     world = parsed.parsed_layout.world
     check_machine_room(checked, parsed.parsed_layout, parsed.workload, local_ranks(os.environ, world))
+    if parsed.parsed_layout.precision == "fp8":
+        refuse_fp8(rank_device())
 
     try:
         launch(run, world, parsed, peak_flops(parsed))

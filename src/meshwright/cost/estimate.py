@@ -20,7 +20,7 @@ from meshwright.spec.cluster import Cluster
 from meshwright.spec.collectives import load_collective_constants
 from meshwright.spec.kernels import load_kernel_constants
 from meshwright.spec.layout import Layout
-from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt
+from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt, refuse_unpriced
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
@@ -220,6 +220,7 @@ class Estimator:
     def check(self, layout: Layout) -> None:
         """Raise UserError when the layout cannot run this model and workload, or is not built yet."""
         refuse_unbuilt(layout)
+        refuse_unpriced(layout.precision)
         check_layout(layout, self.model, self.workload)
         check_room(layout, self.cluster)
         _ = self.kernels(layout, shared=False).peak_flops
@@ -306,7 +307,7 @@ class Estimator:
         return sum(kernels.gemm(g) if isinstance(g, Gemm) else kernels.attention(g) for g in op.work)
 
     def _exposed(self, op: Under, work: float) -> float:
-        seconds = self.times.seconds(op.collective)
+        seconds = self.times.seconds(op.collective) * op.calls
         return max(0.0, seconds - work) if self.times.hides else seconds
 
     def _step_end(self, program: Program, layout: Layout, d: Durations) -> float:
@@ -352,7 +353,7 @@ class Estimator:
             for op in (*piece.forward, *piece.backward):
                 if isinstance(op, Under):
                     c = op.collective
-                    gained = self.times.seconds(c) - self._exposed(op, self._work(op, kernels))
+                    gained = self.times.seconds(c) * op.calls - self._exposed(op, self._work(op, kernels))
                     key = (c.axis, c.op, c.group_size)
                     hidden[key] = hidden.get(key, 0.0) + gained * repeat * m
         bare = self.durations(program.pieces, layout, shared=False)

@@ -75,10 +75,11 @@ class Collective:
 
 @dataclass(frozen=True, slots=True)
 class Under:
-    """A collective that runs while `work` is computed."""
+    """A collective that runs while `work` is computed; `calls` of it, one after the other."""
 
     collective: Collective
     work: tuple[Gemm | Attention, ...]
+    calls: int = 1
 
 
 Op = Gemm | Attention | Elementwise | Collective | Under

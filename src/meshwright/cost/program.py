@@ -103,6 +103,7 @@ def _local(layout: Layout) -> Layout:
     return Layout(
         tp=layout.tp,
         sp=layout.sp,
+        async_tp=layout.async_tp,
         micro_batch=layout.micro_batch,
         recompute=layout.recompute,
         precision=layout.precision,

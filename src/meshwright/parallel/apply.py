@@ -19,6 +19,7 @@ from meshwright.parallel.balance import apply_balance, summed_load, update_selec
 from meshwright.parallel.context import ContextParallelCore, cut_tokens, cut_where
 from meshwright.parallel.data import PARAMETER_DTYPE, DataParallel
 from meshwright.parallel.expert import apply_expert_parallel
+from meshwright.parallel.fp8 import Fp8Weight, is_eligible, refuse_fp8
 from meshwright.parallel.linear import Linear, Linears, WeightGradients
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.pipeline import MicroBatch, Pipeline
@@ -29,6 +30,7 @@ from meshwright.schedule.actions import Schedule
 from meshwright.schedule.buckets import plan_buckets
 from meshwright.schedule.orders import layout_schedule
 from meshwright.schedule.stages import rank_shards, stage_chunks
+from meshwright.spec.layout import Precision
 from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt
 from meshwright.spec.model import Model
 from meshwright.spec.shards import TIED_NAME, Shard
@@ -124,6 +126,8 @@ def apply(
     layout, gradients = mesh.layout, WeightGradients()
     check_layout(layout, model, workload)
     refuse_unbuilt(layout)
+    if layout.precision == "fp8":
+        refuse_fp8(mesh.device)
     with torch.device("meta"):
         chunks = [
             Decoder(model, chunk.layers, first=chunk.first, last=chunk.last)
@@ -131,7 +135,14 @@ def apply(
         ]
     for decoder in chunks:
         if layout.tp > 1:
-            apply_tensor_parallel(decoder, mesh["tp"], gradients, sequence=layout.sp, micro_batch=layout.micro_batch)
+            apply_tensor_parallel(
+                decoder,
+                mesh["tp"],
+                gradients,
+                sequence=layout.sp,
+                micro_batch=layout.micro_batch,
+                overlap=layout.async_tp,
+            )
         _split_experts(decoder, mesh, gradients, balance, workload.seq)
         _keep_weight_gradients(decoder, gradients)
         if layout.recompute == "selective":
@@ -173,6 +184,7 @@ def _split_experts(decoder: Decoder, mesh: Mesh, gradients: WeightGradients, bal
                 etp=layout.etp,
                 sequence=layout.sp,
                 micro_batch=layout.micro_batch,
+                overlap=layout.async_tp,
             )
             if balance is not None:
                 apply_balance(layer.moe, balance, mesh, seq)
@@ -193,11 +205,15 @@ def _materialise(
 ) -> tuple[dict[str, nn.Parameter], dict[str, int]]:
     """Replace the meta parameters by views of the flat buckets. Returns them by global name, and how often each is used."""
     made: dict[str, nn.Parameter] = {}
+    precision = state.mesh.layout.precision
     for bucket in state.buckets:
         if bucket.keeps_parameters:
-            made |= {name: nn.Parameter(view) for name, view in bucket.views(bucket.parameters)}
+            made |= {name: _parameter(name, view, precision) for name, view in bucket.views(bucket.parameters)}
         else:
-            made |= {s.name: nn.Parameter(absent(s.shape, bucket.dtype, bucket.device)) for s in bucket.plan.shards}
+            made |= {
+                s.name: _parameter(s.name, absent(s.shape, bucket.dtype, bucket.device), precision)
+                for s in bucket.plan.shards
+            }
     uses: Counter[str] = Counter()
     for chunk in chunks:
         for path, module in chunk.named_modules():
@@ -211,6 +227,11 @@ def _materialise(
                 if buffer is not None:
                     module.register_buffer(local, torch.zeros_like(buffer, device=state.mesh.device))
     return made, uses
+
+
+def _parameter(name: str, value: Tensor, precision: Precision) -> nn.Parameter:
+    kind = Fp8Weight if precision == "fp8" and is_eligible(name, tuple(value.shape)) else nn.Parameter
+    return kind(value)
 
 
 def _fill(state: DataParallel, initial: Callable[[Shard], Tensor]) -> None:

@@ -33,12 +33,14 @@ PARAMETER_DTYPE: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
+    "fp8": torch.bfloat16,
 }
 GRADIENT_DTYPE: dict[Precision, torch.dtype] = {
     "fp64": torch.float64,
     "fp32": torch.float32,
     "bf16": torch.float32,
     "fp16": torch.float32,
+    "fp8": torch.float32,
 }
 
 IN_FLIGHT = 2

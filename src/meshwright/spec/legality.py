@@ -7,9 +7,9 @@ from math import gcd
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.context import check_context
 from meshwright.spec.errors import UserError
-from meshwright.spec.layout import Layout
+from meshwright.spec.layout import Layout, Precision
 from meshwright.spec.model import Model
-from meshwright.spec.precision import STATE_BYTES
+from meshwright.spec.precision import STATE_BYTES, UNPRICED
 from meshwright.spec.workload import Workload
 
 BUILT_RECOMPUTES = ("none", "selective", "full")
@@ -89,6 +89,15 @@ def refuse_unbuilt(layout: Layout) -> None:
     ):
         if given not in built:
             raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")
+
+
+def refuse_unpriced(precision: Precision) -> None:
+    """Raise UserError for a precision that the engine computes in and the cost model does not know."""
+    if precision in UNPRICED:
+        legal = ", ".join(name for name in STATE_BYTES if name not in UNPRICED)
+        raise UserError(
+            f"precision {precision} can be run, not yet priced or planned: legal: {legal}; bf16 keeps as much memory"
+        )
 
 
 def refuse_unrunnable_model(model: Model) -> None:

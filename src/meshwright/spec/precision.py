@@ -30,4 +30,8 @@ STATE_BYTES: dict[Precision, StateBytes] = {
     "fp32": StateBytes(4, 4, 0, 8),
     "bf16": StateBytes(2, 4, 4, 8),
     "fp16": StateBytes(2, 4, 4, 8),
+    "fp8": StateBytes(2, 4, 4, 8),  # bf16, of which the linears make 8-bit factors as they need them
 }
+
+UNPRICED: tuple[Precision, ...] = ("fp8",)
+"""Run, but without a price: which of the products are made in 8 bits is not in the program."""
