@@ -37,6 +37,8 @@ ENGINE = (
     "linear",
     "tensor",
     "mesh",
+    "offload",
+    "bucket",
     "data",
     "units",
     "context",

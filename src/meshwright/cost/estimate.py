@@ -125,8 +125,8 @@ class _State:
     """Seconds of each bucket's gradient reduction."""
     rest: float
     """Seconds of the step's other collectives and of the optimizer."""
-    sharding: tuple[float, float]
-    """Seconds of ZeRO's communication in each forward and backward."""
+    sharding: tuple[float, float, float]
+    """Seconds of ZeRO's communication in each forward and backward, and of the casts of parameters in either."""
     bytes: int
 
 
@@ -154,7 +154,9 @@ class Estimator:
         programs = self._programs(layout)
         memory = tuple(stage_memory(p, layout, schedule, stage, self.overhead) for stage, p in enumerate(programs))
         send = self.send_seconds(layout)
-        alone = [self._passing(self.durations(p.pieces, layout, shared=False), *self._sharding(p)) for p in programs]
+        alone = [
+            self._passing(self.durations(p.pieces, layout, shared=False), *self._sharding(p, layout)) for p in programs
+        ]
         floor = self._shared_floor(layout, [(programs[stage].pieces, count) for stage, count in kinds])
         timeline = play(schedule, [self._chunk_seconds(p, layout) for p in programs], send)
         end = max(self._step_end(p, layout, d) for p, d in zip(programs, alone, strict=True))
@@ -201,7 +203,7 @@ class Estimator:
             self._states[key] = _State(
                 tuple(self.times.seconds(c) for c in program.gradient_reductions),
                 self._rest(program, layout),
-                self._sharding(program),
+                self._sharding(program, layout),
                 sum(state_bytes(program, layout).values()),
             )
         return self._states[key]
@@ -227,22 +229,25 @@ class Estimator:
         each = [(self._piece_durations(piece, kernels, shared), repeat) for piece, repeat in pieces]
         return Durations(*(sum(getattr(d, name) * repeat for d, repeat in each) for name in Durations.__slots__))
 
-    def _sharding(self, program: Program) -> tuple[float, float]:
-        """Seconds of the parameter gathers and gradient reductions that ZeRO-2 and 3 do in each forward and backward."""
+    def _sharding(self, program: Program, layout: Layout) -> tuple[float, float, float]:
+        """Seconds of the parameter gathers and gradient reductions that ZeRO-2 and 3 do in each forward and backward, and of the
+        casts of parameters in either."""
         forward, backward = (sum(self.times.seconds(c) for c in gathers) for gathers in program.gathers)
-        return forward, backward + sum(self.times.seconds(c) for c in program.scatters)
+        casts = self._kernels(layout, shared=False).elementwise(program.casts) if program.casts.bytes else 0.0
+        return forward, backward + sum(self.times.seconds(c) for c in program.scatters), casts
 
-    def _passing(self, d: Durations, forward: float, backward: float) -> Durations:
-        """`d` with communication of each pass that runs under its computation: what does not fit is exposed."""
-        if not forward and not backward:
+    def _passing(self, d: Durations, forward: float, backward: float, casts: float) -> Durations:
+        """`d` with communication of each pass that runs under its computation, of which what does not fit is exposed, and with
+        the casts that its computation waits for."""
+        if not forward and not backward and not casts:
             return d
         if self.times.hides:
             forward, backward = max(0.0, forward - d.forward), max(0.0, backward - d.backward)
-        return Durations(d.forward + forward, d.backward + backward, d.compute, d.weight)
+        return Durations(d.forward + casts + forward, d.backward + casts + backward, d.compute + 2 * casts, d.weight)
 
     def _chunk_seconds(self, program: Program, layout: Layout) -> list[ChunkSeconds]:
         """Of each chunk of a stage; what ZeRO sends is shared out evenly."""
-        sharding = [seconds / len(program.chunks) for seconds in self._sharding(program)]
+        sharding = [seconds / len(program.chunks) for seconds in self._sharding(program, layout)]
         each = [self._passing(self.durations(pieces, layout, shared=False), *sharding) for pieces in program.chunks]
         return [ChunkSeconds(d.forward, d.backward, d.weight) for d in each]
 

@@ -8,7 +8,7 @@ from meshwright.cost.ops import Piece
 from meshwright.cost.program import Program
 from meshwright.schedule.actions import Schedule
 from meshwright.spec.layout import Layout
-from meshwright.spec.precision import STATE_BYTES
+from meshwright.spec.precision import StateBytes
 
 STEP_COUNTER_BYTES = 4
 """AdamW keeps its step number in an fp32 tensor beside each tensor that it updates: one a bucket."""
@@ -28,15 +28,13 @@ class StageMemory:
 
 def state_bytes(program: Program, layout: Layout) -> dict[str, int]:
     """Parameters, gradients and optimizer state, to the byte."""
-    bytes_ = STATE_BYTES[layout.precision]
-    owned = sum(bucket.owned for bucket in program.buckets)
-    parameters = sum(b.owned if b.unit else b.numel for b in program.buckets)
-    gradients = sum(b.owned if layout.zero >= 2 else b.numel for b in program.buckets)
-    return {
-        "parameters": parameters * bytes_.parameter,
-        "gradients": gradients * bytes_.gradient,
-        "optimizer": owned * bytes_.optimizer + STEP_COUNTER_BYTES * len(program.buckets),
-    }
+    parameters = gradients = optimizer = 0
+    for b in program.buckets:
+        bytes_ = StateBytes.of(layout, cast=b.is_cast)
+        parameters += (b.owned if b.unit else b.numel) * bytes_.parameter
+        gradients += (b.owned if layout.zero >= 2 else b.numel) * bytes_.gradient
+        optimizer += b.owned * bytes_.optimizer + STEP_COUNTER_BYTES
+    return {"parameters": parameters, "gradients": gradients, "optimizer": optimizer}
 
 
 def stage_memory(program: Program, layout: Layout, schedule: Schedule, stage: int, overhead: int) -> StageMemory:

@@ -14,7 +14,7 @@ from meshwright.schedule.buckets import Bucket, plan_buckets
 from meshwright.schedule.stages import Chunk, rank_shards, stage_chunks
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
-from meshwright.spec.precision import STATE_BYTES
+from meshwright.spec.precision import StateBytes
 from meshwright.spec.shards import Seat
 from meshwright.spec.workload import Workload
 
@@ -39,6 +39,8 @@ class Program:
     step_end: tuple[Collective, ...]
     """After backward, in order: nothing hides them."""
     optimizer: Elementwise
+    casts: Elementwise
+    """In each forward, and again in each backward, of every micro-batch."""
 
     @property
     def pieces(self) -> Pieces:
@@ -72,6 +74,7 @@ def rank_program(model: Model, layout: Layout, workload: Workload, place: Place)
         gradient_reductions=tuple(_gradient_reductions(layout, buckets)),
         step_end=tuple(_step_end(model, layout, buckets)),
         optimizer=_optimizer(layout, buckets),
+        casts=_casts(layout, buckets),
     )
 
 
@@ -121,9 +124,11 @@ def boundary(model: Model, layout: Layout, seq: int, stage: int) -> tuple[Collec
 
 
 def _data(layout: Layout, bucket: Bucket, op: CollectiveOp, elements: int) -> Collective:
-    """Among the ranks that share a bucket's state: gradients, or parameters for an all-gather."""
-    bytes_ = STATE_BYTES[layout.precision]
-    size = bytes_.parameter if op == "all_gather" else bytes_.gradient
+    """Among the ranks that share a bucket's state: gradients, or parameters for an all-gather: as they are computed with where
+    they are gathered for use, as they are kept where they are gathered to be kept."""
+    bytes_ = StateBytes.of(layout, cast=bucket.is_cast)
+    gathered = bytes_.parameter if bucket.unit is None else bytes_.compute
+    size = gathered if op == "all_gather" else bytes_.gradient
     axis, stride = ("edp", layout.ep * layout.etp) if bucket.routed else ("dp", _data_stride(layout))
     return Collective(axis, op, bucket.cuts, stride, elements * size)
 
@@ -134,7 +139,7 @@ def _replicate(layout: Layout, bucket: Bucket) -> Collective | None:
     if ranks == bucket.cuts:
         return None
     axis, stride = ("edp", layout.ep * layout.etp) if bucket.routed else ("dp", _data_stride(layout))
-    nbytes = bucket.owned * STATE_BYTES[layout.precision].gradient
+    nbytes = bucket.owned * StateBytes.of(layout).gradient
     return Collective(axis, "all_reduce", ranks // bucket.cuts, stride * bucket.cuts, nbytes)
 
 
@@ -174,7 +179,7 @@ def _gradient_reductions(layout: Layout, buckets: tuple[Bucket, ...]) -> Iterato
 
 def _step_end(model: Model, layout: Layout, buckets: tuple[Bucket, ...]) -> Iterator[Collective]:
     """Token count, sums over replicas, loss and gradient norm, and ZeRO's parameter gather."""
-    bytes_ = STATE_BYTES[layout.precision]
+    bytes_ = StateBytes.of(layout)
     if layout.dp > 1:
         yield Collective("dp", "all_reduce", layout.dp, layout.stride("dp"), 8)
     groups = {
@@ -197,10 +202,21 @@ def _step_end(model: Model, layout: Layout, buckets: tuple[Bucket, ...]) -> Iter
             yield _data(layout, bucket, "all_gather", bucket.numel)
 
 
+def _casts(layout: Layout, buckets: tuple[Bucket, ...]) -> Elementwise:
+    """Parameters that are kept in another dtype are read and written in each forward, and again in each backward."""
+    cast = 0
+    for bucket in buckets:
+        if bucket.is_cast:
+            bytes_ = StateBytes.of(layout, cast=True)
+            cast += (bucket.owned if bucket.unit else bucket.numel) * (bytes_.parameter + bytes_.compute)
+    return Elementwise("casts", cast)
+
+
 def _optimizer(layout: Layout, buckets: tuple[Bucket, ...]) -> Elementwise:
     """AdamW over the owned elements reads and writes all it holds; the gradients are also put in place, normed and clipped."""
-    bytes_ = STATE_BYTES[layout.precision]
-    whole = sum(bucket.numel for bucket in buckets)
-    owned = sum(bucket.owned for bucket in buckets)
-    update = owned * (2 * (bytes_.optimizer + bytes_.parameter) + bytes_.gradient)
-    return Elementwise("optimizer", update + whole * bytes_.gradient + owned * 3 * bytes_.gradient)
+    total = 0
+    for bucket in buckets:
+        bytes_ = StateBytes.of(layout, cast=bucket.is_cast)
+        update = bucket.owned * (2 * (bytes_.optimizer + bytes_.parameter) + bytes_.gradient)
+        total += update + bucket.numel * bytes_.gradient + bucket.owned * 3 * bytes_.gradient
+    return Elementwise("optimizer", total)

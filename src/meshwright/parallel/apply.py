@@ -16,14 +16,15 @@ from meshwright.models.mlp import SharedInput
 from meshwright.models.moe import MoE
 from meshwright.models.routing import Balance
 from meshwright.parallel.balance import apply_balance, summed_load, update_selection_bias
+from meshwright.parallel.bucket import DTYPE
 from meshwright.parallel.context import ContextParallelCore, cut_tokens, cut_where
-from meshwright.parallel.data import PARAMETER_DTYPE, DataParallel
+from meshwright.parallel.data import DataParallel
 from meshwright.parallel.expert import apply_expert_parallel
 from meshwright.parallel.linear import Linear, Linears, WeightGradients
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.pipeline import MicroBatch, Pipeline
 from meshwright.parallel.tensor import apply_tensor_parallel
-from meshwright.parallel.units import absent, shard_parameters
+from meshwright.parallel.units import absent, bring_parameters
 from meshwright.parallel.vocab import vocab_parallel_cross_entropy, vocab_start
 from meshwright.schedule.actions import Schedule
 from meshwright.schedule.buckets import plan_buckets
@@ -144,16 +145,16 @@ def apply(
     parameters, uses = _materialise(chunks, model, state)
     state.attach(parameters, uses, gradients)
     _fill(state, initial)
-    if layout.zero == 3:
+    if not all(bucket.is_ready_to_use for bucket in state.buckets):
         for decoder in chunks:
-            shard_parameters(decoder, state, parameters, last_stays=layout.pp == 1)
+            bring_parameters(decoder, state, parameters, last_stays=layout.pp == 1)
     pipeline = Pipeline(
         chunks,
         schedule or layout_schedule(layout, micro_batches(layout, workload)),
         mesh["pp"],
         _loss(model, mesh),
         _boundary(model, workload, mesh),
-        PARAMETER_DTYPE[layout.precision],
+        DTYPE[layout.precision],
         gradients,
     )
     return Engine(model, mesh, chunks, pipeline, state)
@@ -194,10 +195,10 @@ def _materialise(
     """Replace the meta parameters by views of the flat buckets. Returns them by global name, and how often each is used."""
     made: dict[str, nn.Parameter] = {}
     for bucket in state.buckets:
-        if bucket.keeps_parameters:
+        if bucket.is_ready_to_use:
             made |= {name: nn.Parameter(view) for name, view in bucket.views(bucket.parameters)}
         else:
-            made |= {s.name: nn.Parameter(absent(s.shape, bucket.dtype, bucket.device)) for s in bucket.plan.shards}
+            made |= {s.name: nn.Parameter(absent(s.shape, bucket.compute_dtype, bucket.device)) for s in bucket.plan.shards}
     uses: Counter[str] = Counter()
     for chunk in chunks:
         for path, module in chunk.named_modules():
@@ -218,8 +219,8 @@ def _fill(state: DataParallel, initial: Callable[[Shard], Tensor]) -> None:
         for bucket in state.buckets:
             for shard, offset in zip(bucket.plan.shards, bucket.plan.offsets, strict=True):
                 bucket.fill(shard, offset, initial(shard))
-            if bucket.has_master:
-                bucket.weights.copy_(bucket.own_parameters)
+            if bucket.master is not None:
+                bucket.master.copy_(bucket.own_parameters)
 
 
 def _loss(model: Model, mesh: Mesh) -> Callable[[Tensor, Tensor], Tensor]:
