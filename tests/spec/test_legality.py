@@ -207,7 +207,16 @@ def test_a_mode_that_is_not_built_is_refused(layout: str, said: tuple[str, ...])
 
 
 @pytest.mark.parametrize(
-    "layout", ["mb1", "dp2:zero1 tp2:sp pp2:gpipe mb1 ac:full fp32", "pp2 fp64", "dp2 order:pp-dp-cp-tp"]
+    "layout",
+    [
+        "mb1",
+        "dp2:zero1 tp2:sp pp2:gpipe mb1 ac:full fp32",
+        "pp2 fp64",
+        "dp2 order:pp-dp-cp-tp",
+        "mb1 params:fp32 grads:bf16",
+        "mb1 fp16 grads:fp16 offload:optimizer@file",
+        "dp2:zero3 mb1 offload:all",
+    ],
 )
 def test_a_mode_that_is_built_is_not(layout: str) -> None:
     refuse_unbuilt(parse_layout(layout))

@@ -22,6 +22,10 @@ Pieces = tuple[tuple[Piece, int], ...]
 """(piece, how often it occurs), in model order."""
 
 
+Brought = tuple[tuple[Bucket, ...], tuple[Bucket, ...]]
+"""Buckets in forward, and in backward."""
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """What one rank does in a step: its chunks for every micro-batch, then the step's end."""
@@ -29,6 +33,8 @@ class Program:
     chunks: tuple[Pieces, ...]
     boundary: tuple[Collective, ...]
     """Sent for every micro-batch."""
+    brought: Brought
+    """ZeRO-3: whose parameters are there only while they are used, for the forward and for the backward of every micro-batch."""
     gathers: tuple[tuple[Collective, ...], tuple[Collective, ...]]
     """ZeRO-3: parameters gathered for the forward, and for the backward, of every micro-batch."""
     scatters: tuple[Collective, ...]
@@ -39,6 +45,8 @@ class Program:
     step_end: tuple[Collective, ...]
     """After backward, in order: nothing hides them."""
     optimizer: Elementwise
+    units: tuple[tuple[str, ...], ...]
+    """Of each chunk, in the order of the model: the parts whose parameters are used together."""
     casts: Elementwise
     """In each forward, and again in each backward, of every micro-batch."""
 
@@ -65,15 +73,19 @@ class Place:
 def rank_program(model: Model, layout: Layout, workload: Workload, place: Place) -> Program:
     """The program of the rank at `place`. The layout must have passed `spec.legality.check_layout`."""
     buckets = plan_buckets(rank_shards(model, layout, place.stage, place.seat), layout)
+    chunks = stage_chunks(model.layers, layout)[place.stage]
+    brought = _brought(layout, buckets, model.tied, chunks)
     return Program(
         chunks=chunk_pieces(model, layout, workload.seq, place),
         boundary=boundary(model, layout, workload.seq, place.stage),
-        gathers=_parameter_gathers(layout, buckets, model.tied, stage_chunks(model.layers, layout)[place.stage]),
+        brought=brought,
+        gathers=(_gathers(layout, brought[0]), _gathers(layout, brought[1])),
         scatters=tuple(_data(layout, b, "reduce_scatter", b.numel) for b in buckets if layout.zero >= 2 and b.cuts > 1),
         buckets=buckets,
         gradient_reductions=tuple(_gradient_reductions(layout, buckets)),
         step_end=tuple(_step_end(model, layout, buckets)),
         optimizer=_optimizer(layout, buckets),
+        units=tuple(tuple(_units(chunk, model.tied)) for chunk in chunks),
         casts=_casts(layout, buckets),
     )
 
@@ -150,23 +162,32 @@ def _data_stride(layout: Layout) -> int:
     return layout.stride("cp") if layout.dp == 1 else min(layout.stride("dp"), layout.stride("cp"))
 
 
-def _parameter_gathers(
-    layout: Layout, buckets: tuple[Bucket, ...], tied: bool, chunks: tuple[Chunk, ...]
-) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
-    """See `parallel/units.py`: the embedding is gathered for forward only; without a pipeline the head stays for backward."""
-    forward: list[Collective] = []
-    backward: list[Collective] = []
+def _brought(layout: Layout, buckets: tuple[Bucket, ...], tied: bool, chunks: tuple[Chunk, ...]) -> Brought:
+    """See `parallel/units.py`: the embedding is brought for forward only; without a pipeline the head stays for backward."""
+    forward: list[Bucket] = []
+    backward: list[Bucket] = []
     held = {"embedding": any(c.first for c in chunks), "head": any(c.last for c in chunks)}
     for bucket in buckets:
-        if bucket.unit is None or bucket.cuts == 1:
+        if bucket.unit is None:
             continue
-        gather = _data(layout, bucket, "all_gather", bucket.numel)
         is_head = bucket.unit == "head" or (bucket.unit == "embedding" and tied and held["head"])
         is_embedding = bucket.unit == "embedding" and held["embedding"]
         is_layer = bucket.unit.startswith("layers.")
-        forward += [gather] * (is_layer + is_head + is_embedding)
-        backward += [gather] * (is_layer + (is_head and layout.pp > 1))
+        forward += [bucket] * (is_layer + is_head + is_embedding)
+        backward += [bucket] * (is_layer + (is_head and layout.pp > 1))
     return tuple(forward), tuple(backward)
+
+
+def _units(chunk: Chunk, tied: bool) -> Iterator[str]:
+    if chunk.first:
+        yield "embedding"
+    yield from (f"layers.{layer}" for layer in chunk.layers)
+    if chunk.last:
+        yield "embedding" if tied else "head"
+
+
+def _gathers(layout: Layout, buckets: tuple[Bucket, ...]) -> tuple[Collective, ...]:
+    return tuple(_data(layout, bucket, "all_gather", bucket.numel) for bucket in buckets if bucket.cuts > 1)
 
 
 def _gradient_reductions(layout: Layout, buckets: tuple[Bucket, ...]) -> Iterator[Collective]:

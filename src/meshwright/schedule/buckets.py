@@ -21,6 +21,11 @@ BUCKET_BYTES_PER_RANK = 4 * 2**20
 latency regime (fabric.md 1.5: a 256 MiB bucket over 128 nodes runs at a tenth of the line rate)."""
 
 
+IN_TURN = 3
+"""Buckets whose offloaded state is on a rank at once in the optimizer: one arrives, one is updated, one leaves."""
+AHEAD = 2
+"""Units that are on their way while one computes: the next is gathered and, where offloaded, the one after it is read."""
+
 TAIL_PART = 8
 """The last bucket holds at most this part of a full one."""
 

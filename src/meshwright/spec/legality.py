@@ -83,7 +83,6 @@ def refuse_unbuilt(layout: Layout) -> None:
         (layout.precision, tuple(STATE_BYTES), "precision"),
         ("+".join(layout.recompute_parts), ("core",), "recompute of"),
         (layout.recompute_layers, (None,), "recompute of so many layers:"),
-        (layout.offload, ("none",), "offload"),
     ):
         if given not in built:
             raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")
