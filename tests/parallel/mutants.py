@@ -38,6 +38,7 @@ ENGINE = (
     "tensor",
     "mesh",
     "offload",
+    "slots",
     "bucket",
     "data",
     "units",

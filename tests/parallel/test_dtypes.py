@@ -24,7 +24,7 @@ CASES = [
     ("gpt-oss-like", "dp4:zero3x2 ep4 mb2"),
     ("deepseek-v3-like", "tp2:sp ep2 pp2x2:zb-v mb2"),
 ]
-IN_CI = CASES[:3]
+IN_CI = CASES[:2]
 EVERY = [pytest.param(*case, marks=[] if case in IN_CI else [pytest.mark.parity]) for case in CASES]
 
 
@@ -39,8 +39,8 @@ def test_parameters_kept_in_fp32_are_the_master_weights(name: str, layout: str, 
     assert len({loss for losses in expected for loss in losses if loss}) >= state_workers.STEPS, "the weights must move"
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("layout", ["mb8", "tp2:sp mb8"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.parity)])
+@pytest.mark.parametrize("layout", ["mb8", pytest.param("tp2:sp mb8", marks=pytest.mark.parity)])
 def test_one_narrow_gradient_is_exact(layout: str, precision: str) -> None:
     """Nothing is added up: the product of half-precision factors comes out in half precision, whatever it is kept in."""
     usual, narrow = (parse_layout(f"{layout} {precision}{dtypes}") for dtypes in ("", f" grads:{precision}"))

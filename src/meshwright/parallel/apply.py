@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from meshwright.parallel.data import DataParallel
 from meshwright.parallel.expert import apply_expert_parallel
 from meshwright.parallel.linear import Linear, Linears, WeightGradients
 from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.offload import make_offload
 from meshwright.parallel.pipeline import MicroBatch, Pipeline
 from meshwright.parallel.tensor import apply_tensor_parallel
 from meshwright.parallel.units import absent, bring_parameters
@@ -116,9 +118,11 @@ def apply(
     initial: Callable[[Shard], Tensor],
     balance: Balance | None = None,
     schedule: Schedule | None = None,
+    offload_dir: Path | None = None,
 ) -> Engine:
     """This rank's share of `model`. `initial` gives each shard's first values; `balance`: how experts are kept in balance;
-    `schedule`: instead of the one that the layout names, for as many stages and chunks.
+    `schedule`: instead of the one that the layout names, for as many stages and chunks; `offload_dir`: where offload to files keeps them,
+    the system's temporary directory by default.
 
     Raises UserError for a layout that the model or the workload cannot be split by.
     """
@@ -141,7 +145,8 @@ def apply(
             _split_attention(decoder, mesh)
         if layout.recompute == "full":
             _recompute_layers(decoder)
-    state = DataParallel(plan_buckets(rank_shards(model, layout, mesh.stage, mesh.seat), layout), mesh)
+    buckets = plan_buckets(rank_shards(model, layout, mesh.stage, mesh.seat), layout)
+    state = DataParallel(buckets, mesh, make_offload(mesh, offload_dir))
     parameters, uses = _materialise(chunks, model, state)
     state.attach(parameters, uses, gradients)
     _fill(state, initial)

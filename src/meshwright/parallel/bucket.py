@@ -5,14 +5,17 @@ What is kept whole depends on the ZeRO stage (`parallel/data.py`), the dtypes on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.offload import Offload, Record
+from meshwright.parallel.slots import GradientSlot
 from meshwright.schedule.buckets import Bucket
+from meshwright.spec.layout import Offload as OffloadWhat
 from meshwright.spec.layout import Precision
 from meshwright.spec.precision import StateDtypes
 from meshwright.spec.shards import Shard
@@ -28,50 +31,6 @@ DTYPE: dict[Precision, torch.dtype] = {
 }
 
 
-class GradientSlot:
-    """Where the gradient of one shard is kept until its bucket is reduced; a `Slot` of `parallel/linear.py`."""
-
-    def __init__(self, bucket: FlatBucket, shard: Shard, offset: int):
-        self.bucket, self.shard, self.offset = bucket, shard, offset
-        self.empty = True
-
-    @property
-    def view(self) -> Tensor:
-        flat = self.bucket.whole_gradients()
-        return flat[self.offset : self.offset + self.shard.numel].view(self.shard.shape)
-
-    def add(self, gradient: Tensor) -> None:
-        if self.empty:
-            self.view.copy_(gradient)
-        else:
-            self.view.add_(gradient)
-        self._added()
-
-    def add_product(self, grad_TO: Tensor, x_TI: Tensor) -> None:
-        _product_into(self.view, grad_TO, x_TI, overwrite=self.empty)
-        self._added()
-
-    def add_products(self, grad_nO: Tensor, x_nI: Tensor, counts: Sequence[int]) -> None:
-        for view, grad, x in zip(self.view, grad_nO.split(counts), x_nI.split(counts), strict=True):
-            _product_into(view, grad, x, overwrite=self.empty)
-        self._added()
-
-    def _added(self) -> None:
-        self.empty = False
-        self.bucket.added()
-
-
-def _product_into(view: Tensor, grad_TO: Tensor, x_TI: Tensor, *, overwrite: bool) -> None:
-    """view_OI = or += grad_TO^T x_TI. The product of half-precision factors is added in the gradient's own precision."""
-    if view.dtype != grad_TO.dtype:
-        product = grad_TO.t() @ x_TI
-        view.copy_(product) if overwrite else view.add_(product)
-    elif overwrite:
-        torch.mm(grad_TO.t(), x_TI, out=view)
-    else:
-        view.addmm_(grad_TO.t(), x_TI)
-
-
 class AdamState(NamedTuple):
     """What AdamW updates: flat tensors of the elements that a rank owns, in the dtype of its arithmetic."""
 
@@ -85,31 +44,42 @@ class FlatBucket:
 
     `own_parameters` is the part of the parameters that this rank updates, in the dtype that they are kept in, `own_gradients` its
     gradient. `master` is a wider copy of the former, where they are narrower than the arithmetic of the optimizer.
+
+    What the layout offloads is the record `away` [master weights if any, both moments] and, under offload:all, `away_parameters`;
+    then the tensors named above are where these rest, on the host.
     """
 
-    def __init__(self, plan: Bucket, mesh: Mesh, state: DataParallel):
-        self.plan, self.state, self.device = plan, state, mesh.device
+    def __init__(self, plan: Bucket, index: int, mesh: Mesh, state: DataParallel):
+        self.plan, self.index, self.state, self.device = plan, index, state, mesh.device
         prefix = "expert_" if plan.routed else ""
         self.shard, self.replicate = mesh[f"{prefix}shard"], mesh[f"{prefix}replicate"]
         dtypes = StateDtypes.of(mesh.layout, cast=plan.is_cast)
         self.dtype, self.compute_dtype = DTYPE[dtypes.parameter], DTYPE[dtypes.compute]
         self.gradient_dtype, self.update_dtype = DTYPE[dtypes.gradient], DTYPE[dtypes.update]
-        self.keeps_parameters = plan.unit is None or self.shard.size == 1
+        self.away, self.away_parameters = self._records(dtypes, state.offload, mesh.layout.offload)
+        self.keeps_parameters = (plan.unit is None or self.shard.size == 1) and self.away_parameters is None
         self.keeps_gradients = mesh.layout.zero < 2 or self.shard.size == 1
-        length = plan.numel // self.shard.size
+        length = plan.owned
         self.owned = slice(length * self.shard.index, length * (self.shard.index + 1))
         if self.keeps_parameters:
             self.parameters = self._zeros(plan.numel, self.dtype)
             self.own_parameters = self.parameters[self.owned]
         else:
-            self.parameters = self.own_parameters = self._zeros(length, self.dtype)
+            self.parameters = self.own_parameters = (
+                self._zeros(length, self.dtype) if self.away_parameters is None else self.away_parameters.kept
+            )
         if self.keeps_gradients:
             self.gradients = self._zeros(plan.numel, self.gradient_dtype)
             self.own_gradients = self.gradients[self.owned]
         else:
             self.gradients = self.own_gradients = self._zeros(length, self.gradient_dtype)
-        self.master = self._zeros(length, self.update_dtype) if dtypes.has_master else None
+        self.master: Tensor | None = None
         self._moments: tuple[Tensor, Tensor] | None = None
+        if self.away is not None:
+            *master, first, second = self.away.kept
+            self.master, self._moments = master[0] if master else None, (first, second)
+        elif dtypes.has_master:
+            self.master = self._zeros(length, self.update_dtype)
         self.slots = [GradientSlot(self, s, at) for s, at in zip(plan.shards, plan.offsets, strict=True)]
         self.uses = 0
         """Gradients that one micro-batch adds: one for each place in the model that uses a parameter."""
@@ -126,8 +96,15 @@ class FlatBucket:
         return AdamState(self.own_parameters if self.master is None else self.master, *self._moments)
 
     @property
+    def parameter_bytes(self) -> int:
+        """Of parameters that this rank's device holds between uses."""
+        return self.parameters.nbytes if self.away_parameters is None else 0
+
+    @property
     def optimizer_bytes(self) -> int:
-        """Of a master copy and of moments that are held."""
+        """Of a master copy and of moments that this rank's device holds."""
+        if self.away is not None:
+            return 0
         held = [t for t in (self.master, *(self._moments or ())) if t is not None]
         return sum(t.nbytes for t in held)
 
@@ -146,6 +123,15 @@ class FlatBucket:
         if self.gradient_dtype == self.update_dtype:
             return self.own_gradients if factor == 1.0 else self.own_gradients.mul_(factor)
         return self.own_gradients.to(self.update_dtype).mul_(factor)
+
+    @property
+    def borrowed_bytes(self) -> int:
+        """Of what `borrow` puts on the device."""
+        return sum(record.nbytes for record in (self.away, self.away_parameters) if record is not None)
+
+    def borrow(self, slab: Tensor) -> Borrowed:
+        """Start to read into `slab` [bytes] what is away of the weights and moments."""
+        return Borrowed(self, slab)
 
     def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(global name, the shard's tensor) for each shard, as views of a whole flat tensor."""
@@ -223,8 +209,50 @@ class FlatBucket:
         for slot in self.slots:
             slot.empty = True
 
+    def _records(
+        self, dtypes: StateDtypes, offload: Offload | None, what: OffloadWhat
+    ) -> tuple[Record | None, Record | None]:
+        if offload is None:
+            return None, None
+        name, owned = f"bucket-{self.index:04d}", self.plan.owned
+        away = offload.record(f"{name}-optimizer", (2 + dtypes.has_master, owned), self.update_dtype)
+        if what != "all" or self.plan.unit is None:
+            return away, None
+        return away, offload.record(f"{name}-parameters", (owned,), self.dtype)
+
     def _zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=self.device)
+
+
+class Borrowed:
+    """Weights and moments of a bucket on the device, on their way there, or on their way back."""
+
+    def __init__(self, bucket: FlatBucket, slab: Tensor):
+        away, parameters = bucket.away, bucket.away_parameters
+        assert away is not None
+        self.bucket, self.away, self.away_parameters = bucket, away, parameters
+        self.rows = slab[: away.nbytes].view(bucket.update_dtype).view(away.kept.shape)
+        self._moves = [away.read(self.rows)]
+        *master, first, second = self.rows
+        self.parameters = bucket.own_parameters
+        if parameters is not None:
+            self.parameters = slab[away.nbytes : away.nbytes + parameters.nbytes].view(bucket.dtype)
+            if not master:
+                self._moves.append(parameters.read(self.parameters))
+        self.state = AdamState(master[0] if master else self.parameters, first, second)
+
+    def wait(self) -> None:
+        """Until they have arrived; or, after `give_back`, until they are where they rest."""
+        for move in self._moves:
+            move.result()
+
+    def give_back(self) -> None:
+        """Start to write the updated state, and what follows from it."""
+        if self.bucket.master is not None:
+            self.parameters.copy_(self.state.weights)
+        self._moves = [self.away.write(self.rows)]
+        if self.away_parameters is not None:
+            self._moves.append(self.away_parameters.write(self.parameters))
 
 
 class Reduction:

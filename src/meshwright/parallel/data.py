@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshwright.parallel.bucket import AdamState, Buffers, FlatBucket, GradientSlot, Reduction
+from meshwright.parallel.bucket import AdamState, Borrowed, Buffers, FlatBucket, Reduction
 from meshwright.parallel.linear import WeightGradients
 from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.offload import Offload
+from meshwright.parallel.slots import GradientSlot
 from meshwright.schedule.buckets import Bucket
 from meshwright.spec.shards import Shard
 
@@ -35,10 +37,10 @@ IN_FLIGHT = 2
 class DataParallel:
     """Reduces gradients over the data-parallel ranks and keeps their parameters equal."""
 
-    def __init__(self, plan: tuple[Bucket, ...], mesh: Mesh):
-        self.mesh = mesh
+    def __init__(self, plan: tuple[Bucket, ...], mesh: Mesh, offload: Offload | None = None):
+        self.mesh, self.offload = mesh, offload
         self.buffers = Buffers()
-        self.buckets = [FlatBucket(bucket, mesh, self) for bucket in plan]
+        self.buckets = [FlatBucket(bucket, index, mesh, self) for index, bucket in enumerate(plan)]
         self._next = 0
         self._pending: deque[Reduction] = deque()
 
@@ -84,12 +86,36 @@ class DataParallel:
             if bucket.plan.partial and bucket.plan.replicas:
                 self.mesh[bucket.plan.replicas].all_reduce(bucket.own_gradients)
 
+    def close(self) -> None:
+        """End what moves offloaded state, and let go of its files."""
+        if self.offload is not None:
+            self.offload.close()
+
     def states(self) -> Iterator[tuple[FlatBucket, AdamState]]:
-        """Each bucket's weights and moments in turn, to be updated in place before the next is asked for."""
-        for bucket in self.buckets:
-            state = bucket.state_at_rest
-            yield bucket, state
-            bucket.adopt(state.weights)
+        """Each bucket's weights and moments in turn, to be updated in place before the next is asked for.
+
+        What is away is read one bucket ahead and written one bucket behind; all is written when the last has been asked for.
+        """
+        if self.offload is None:
+            for bucket in self.buckets:
+                state = bucket.state_at_rest
+                yield bucket, state
+                bucket.adopt(state.weights)
+            return
+        slabs = self.offload.in_turn(max(bucket.borrowed_bytes for bucket in self.buckets))
+        borrowed: list[Borrowed] = []
+        for index in range(len(self.buckets) + 1):
+            if index >= len(slabs):
+                borrowed[index - len(slabs)].wait()
+            if index < len(self.buckets):
+                borrowed.append(self.buckets[index].borrow(slabs[index % len(slabs)]))
+            if index > 0:
+                here = borrowed[index - 1]
+                here.wait()
+                yield here.bucket, here.state
+                here.give_back()
+        for left in borrowed[-len(slabs) :]:
+            left.wait()
 
     def adopt_weights(self) -> None:
         """After weights have been put where they are kept: make them the parameters."""
