@@ -167,7 +167,8 @@ class HostRecord(Record):
 
 
 class FileRecord(Record):
-    """Read and written by system calls; what rests is the file mapped into memory, whose pages the system drops when it likes."""
+    """Read and written by system calls, through the system's page cache; what rests is the file mapped into memory, whose pages the
+    system drops when it likes."""
 
     def __init__(self, offload: Offload, kept: Tensor, descriptor: int):
         super().__init__(offload, kept)
