@@ -83,9 +83,6 @@ def refuse_unbuilt(layout: Layout) -> None:
         (layout.precision, tuple(STATE_BYTES), "precision"),
         ("+".join(layout.recompute_parts), ("core",), "recompute of"),
         (layout.recompute_layers, (None,), "recompute of so many layers:"),
-        (layout.parameter_dtype, (None,), "a parameter dtype of its own:"),
-        (layout.gradient_dtype, (None,), "a gradient dtype of its own:"),
-        (layout.offload, ("none",), "offload"),
     ):
         if given not in built:
             raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")
