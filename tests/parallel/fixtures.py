@@ -106,6 +106,7 @@ SPARSE_LAYOUTS = (
     "dp2:zero3 pp2x2:zb-v ep2 mb1",
     "cp2:ring tp2:sp ep4 mb2",
     "cp2:ulysses ep2 mb4",
+    "dp2:zero3 tp2 ep2 pp2:zb-h1 mb1 ac:core+mlp:1",
 )
 """Experts over any of the other axes."""
 
@@ -136,4 +137,7 @@ MORE_LAYOUTS = (
     "cp4:ring2xulysses2 mb4",
     "dp2 cp2:ring tp2:sp mb2",
     "dp2:zero3 cp2 pp2:zb-h1 mb1",
+    "dp2:zero3 tp2:sp mb2 ac:core+mlp:2",
+    "cp2:ring pp2:zb-h1 mb1 ac:mlp",
+    "pp2 mb1 ac:full:1",
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from meshwright.cost.collectives import CollectiveTimes
-from meshwright.cost.flops import model_flops_per_token, recomputed_flops_per_token
+from meshwright.cost.flops import model_flops_per_token, recomputed_flops
 from meshwright.cost.kernels import Kernels
 from meshwright.cost.memory import StageMemory, passing_bytes, stage_memory, state_bytes
 from meshwright.cost.ops import Attention, Collective, Elementwise, Gemm, Op, Piece, Under
@@ -130,7 +130,7 @@ class _State:
     bytes: int
 
 
-_STATE_FIELDS = tuple(f.name for f in fields(Layout) if f.name not in ("micro_batch", "recompute"))
+_STATE_FIELDS = tuple(f.name for f in fields(Layout) if f.name != "micro_batch" and not f.name.startswith("recompute"))
 
 
 class Estimator:
@@ -140,7 +140,6 @@ class Estimator:
         self.model, self.cluster, self.workload = model, cluster, workload
         self.times = CollectiveTimes(cluster, load_collective_constants())
         self.flops = model_flops_per_token(model, workload.seq)
-        self.recomputed_flops = recomputed_flops_per_token(model, workload.seq)
         given = cluster.accelerator.overhead_bytes
         self.overhead = load_kernel_constants().overhead_bytes if given is None else given
         self._seconds: dict[tuple[int, bool], tuple[Piece, Durations]] = {}
@@ -164,7 +163,14 @@ class Estimator:
         compute = max(d.compute for d in alone) * schedule.micro_batches
         kernels = self._kernels(layout, shared=True)
         optimizer = max(kernels.elementwise(p.optimizer) for p in programs)
-        return self._result(layout, step, timeline, memory, costs, {"compute": compute, "optimizer": optimizer})
+        work = {"compute": compute, "optimizer": optimizer}
+        return self._result(layout, step, timeline, memory, costs, work, self._recomputed_share(programs, layout))
+
+    def _recomputed_share(self, programs: Sequence[Program], layout: Layout) -> float:
+        """FLOPs that all ranks run again, over those that the model needs."""
+        each = sum(recomputed_flops(piece.recomputed) * repeat for p in programs for piece, repeat in p.pieces)
+        passes = micro_batches(layout, self.workload) * layout.world // layout.pp
+        return each * passes / (self.workload.tokens * self.flops)
 
     def quick(self, layout: Layout) -> Quick:
         """Time by closed form, for ranking candidates: all as in `estimate`, but that no schedule is played where a closed form
@@ -366,6 +372,7 @@ class Estimator:
         memory: tuple[StageMemory, ...],
         costs: tuple[CollectiveCost, ...],
         work: dict[str, float],
+        recomputed: float,
     ) -> Estimate:
         kernels = self._kernels(layout, shared=False)
         limit = self.cluster.accelerator.memory_bytes
@@ -381,7 +388,7 @@ class Estimator:
             workload=self.workload,
             step_time_s=step,
             mfu=mfu,
-            hfu=mfu * (1 + self.recomputed_flops / self.flops if layout.recompute == "full" else 1),
+            hfu=mfu * (1 + recomputed),
             bubble=timeline.bubble,
             fits=max(stage.total_bytes for stage in memory) <= limit,
             memory=memory,

@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from meshwright.models.attention import Where
 from meshwright.models.decoder import Decoder, cross_entropy
@@ -22,6 +21,7 @@ from meshwright.parallel.expert import apply_expert_parallel
 from meshwright.parallel.linear import Linear, Linears, WeightGradients
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.pipeline import MicroBatch, Pipeline
+from meshwright.parallel.recompute import recompute_layers, recompute_parts
 from meshwright.parallel.tensor import apply_tensor_parallel
 from meshwright.parallel.units import absent, shard_parameters
 from meshwright.parallel.vocab import vocab_parallel_cross_entropy, vocab_start
@@ -134,12 +134,10 @@ def apply(
             apply_tensor_parallel(decoder, mesh["tp"], gradients, sequence=layout.sp, micro_batch=layout.micro_batch)
         _split_experts(decoder, mesh, gradients, balance, workload.seq)
         _keep_weight_gradients(decoder, gradients)
-        if layout.recompute == "selective":
-            _recompute_attention(decoder)
+        recompute_parts(decoder, layout)
         if layout.cp > 1:
             _split_attention(decoder, mesh)
-        if layout.recompute == "full":
-            _recompute_layers(decoder)
+        recompute_layers(decoder, layout)
     state = DataParallel(plan_buckets(rank_shards(model, layout, mesh.stage, mesh.seat), layout), mesh)
     parameters, uses = _materialise(chunks, model, state)
     state.attach(parameters, uses, gradients)
@@ -240,19 +238,3 @@ def _boundary(model: Model, workload: Workload, mesh: Mesh) -> tuple[int, ...]:
 def _split_attention(decoder: Decoder, mesh: Mesh) -> None:
     for layer in decoder.layers.values():
         layer.attention.core = ContextParallelCore(layer.attention.core, mesh["ring"], mesh["ulysses"])
-
-
-def _recompute_layers(decoder: Decoder) -> None:
-    for layer in decoder.layers.values():
-        layer.forward = _checkpointed(layer.forward)  # type: ignore[method-assign, assignment]
-
-
-def _recompute_attention(decoder: Decoder) -> None:
-    """The attention core alone: what it saves grows with the square of the length where no fused kernel serves (Korthikanti et
-    al. 2022, arXiv 2205.05198, section 5)."""
-    for layer in decoder.layers.values():
-        layer.attention.core.forward = _checkpointed(layer.attention.core.forward)
-
-
-def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return partial(checkpoint, forward, use_reentrant=False)
