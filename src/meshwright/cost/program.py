@@ -87,9 +87,12 @@ def chunk_pieces(model: Model, layout: Layout, seq: int, place: Place) -> tuple[
 
 
 def _pieces(model: Model, local: Layout, seq: int, place: Place, chunk: Chunk) -> Pieces:
-    kept = replace(local, recompute="none", recompute_parts=("core",), recompute_layers=None)
-    again = replace(local, recompute_layers=None)
-    first = len(chunk.layers) if local.recompute_layers is None else local.recompute_layers
+    again = kept = local
+    first = len(chunk.layers)
+    if local.recompute_layers is not None:
+        first = local.recompute_layers
+        again = replace(local, recompute_layers=None)
+        kept = replace(again, recompute="none", recompute_parts=("core",))
     kinds = [(at < first, model.window(i), model.is_moe(i)) for at, i in enumerate(chunk.layers)]
     pieces = [
         (layer_piece(model, again if kind[0] else kept, seq, *kind[1:]), kinds.count(kind)) for kind in dict.fromkeys(kinds)
