@@ -312,6 +312,30 @@ def test_full_recompute_keeps_only_the_input_of_a_layer() -> None:
         )
 
 
+def test_recompute_of_some_layers_keeps_the_others_whole() -> None:
+    """Of one chunk of four layers, of two, and of more than there are."""
+    model = replace(SMALL, layers=4)
+
+    def saved(text: str) -> int:
+        program = rank_program(model, parse_layout(text), WORK, Place(0))
+        return sum(piece.saved_bytes * repeat for piece, repeat in program.pieces)
+
+    for base in ("mb1", "tp2:sp mb1", "pp2 mb1"):
+        whole, bare = saved(base), saved(f"{base} ac:full")
+        layers = 2 if "pp2" in base else 4
+        assert saved(f"{base} ac:full:1") == whole - (whole - bare) // layers
+        assert saved(f"{base} ac:full:{layers + 1}") == bare
+
+
+def test_recompute_of_the_mlp_keeps_its_input_alone() -> None:
+    plain, again = (layer_piece(SMALL, parse_layout(text), WORK.seq, None) for text in ("mb2", "mb2 ac:mlp"))
+    hidden_units = 4 * SMALL.ffn * 2 * WORK.seq * 2  # gate, up, activated gate, and their product
+    assert plain.saved_bytes - again.saved_bytes == hidden_units == again.working_bytes
+    assert [op.name for op in again.recomputed if isinstance(op, Gemm)] == ["mlp.gate_up.gate", "mlp.gate_up.up"]
+    both = layer_piece(SMALL, parse_layout("mb2 ac:core+mlp"), WORK.seq, None)
+    assert again.saved_bytes - both.saved_bytes == SMALL.heads * 2 * WORK.seq * 4  # the log-sum-exp
+
+
 def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
     for text, flights in (("pp4 mb1", (4, 3, 2, 1)), ("pp4:gpipe mb1", (16, 16, 16, 16))):
         layout = parse_layout(text)
@@ -634,6 +658,9 @@ def test_hardware_flops_count_what_is_recomputed_and_no_more(layout: str) -> Non
     attention = 12 * model.layers * model.heads * model.head_dim * 2048
     expected = (6 * multiplied(model) + 2 * repeated + attention * 4 / 3) / (6 * multiplied(model) + attention)
     assert e.hfu / e.mfu == pytest.approx(expected, rel=5e-3)
+    half = priced(f"{layout} mb1 ac:full:{model.layers // parse_layout(layout).pp // 2}")
+    assert half.hfu / half.mfu - 1 == pytest.approx((e.hfu / e.mfu - 1) / 2)
+    assert e.mfu < half.mfu
 
 
 def test_the_bubble_shrinks_with_micro_batches_and_is_nothing_without_a_pipeline() -> None:

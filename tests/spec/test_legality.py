@@ -192,7 +192,7 @@ def test_a_workload_of_nothing_is_refused(seq: int, batch: int, said: str) -> No
 
 # --- what this version would ignore
 
-UNBUILT = [("ac:norms", ("offload optimizer", "none"))]
+UNBUILT = [("ac:core+norms", ("recompute of core+norms", "core, core+mlp, mlp"))]
 
 
 @pytest.mark.parametrize(("layout", "said"), UNBUILT, ids=[layout for layout, _ in UNBUILT])
@@ -215,6 +215,8 @@ def test_a_mode_that_is_not_built_is_refused(layout: str, said: tuple[str, ...])
         "mb1 params:fp32 grads:bf16",
         "mb1 fp16 grads:fp16 offload:optimizer@file",
         "dp2:zero3 mb1 offload:all",
+        "ac:core+mlp:3",
+        "ac:full:2",
     ],
 )
 def test_a_mode_that_is_built_is_not(layout: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from meshwright.cost.collectives import CollectiveTimes
-from meshwright.cost.flops import model_flops_per_token, recomputed_flops_per_token
+from meshwright.cost.flops import model_flops_per_token, recomputed_flops
 from meshwright.cost.kernels import Kernels
 from meshwright.cost.memory import StageMemory, passing_bytes, stage_memory, state_bytes
 from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
@@ -154,9 +154,7 @@ class _State:
     bytes: int
 
 
-_STATE_FIELDS = tuple(
-    f.name for f in fields(Layout) if f.name not in ("micro_batch", "recompute", "recompute_parts", "recompute_layers")
-)
+_STATE_FIELDS = tuple(f.name for f in fields(Layout) if f.name != "micro_batch" and not f.name.startswith("recompute"))
 
 
 class Estimator:
@@ -166,7 +164,6 @@ class Estimator:
         self.model, self.cluster, self.workload = model, cluster, workload
         self.times = CollectiveTimes(cluster, load_collective_constants())
         self.flops = model_flops_per_token(model, workload.seq)
-        self.recomputed_flops = recomputed_flops_per_token(model, workload.seq)
         given = cluster.accelerator.overhead_bytes
         self.overhead = load_kernel_constants().overhead_bytes if given is None else given
         self._seconds: dict[tuple[int, bool], tuple[Piece, Durations]] = {}
@@ -194,7 +191,14 @@ class Estimator:
         work, offload = {"compute": compute, "optimizer": optimizer}, self._offload_cost(programs, layout)
         if offload is not None:
             work["offload exposed"] = offload.exposed_s
-        return self._result(layout, step, timeline, memory, costs, work, offload)
+        recomputed = self._recomputed_share(programs, layout)
+        return self._result(layout, step, timeline, memory, costs, work, offload, recomputed)
+
+    def _recomputed_share(self, programs: Sequence[Program], layout: Layout) -> float:
+        """FLOPs that all ranks run again, over those that the model needs."""
+        each = sum(recomputed_flops(piece.recomputed) * repeat for p in programs for piece, repeat in p.pieces)
+        passes = micro_batches(layout, self.workload) * layout.world // layout.pp
+        return each * passes / (self.workload.tokens * self.flops)
 
     def played(self, layout: Layout) -> Price:
         """Step time and peak as in `estimate`, without its tables: for pricing many layouts."""
@@ -451,6 +455,7 @@ class Estimator:
         costs: tuple[CollectiveCost, ...],
         work: dict[str, float],
         offload: OffloadCost | None,
+        recomputed: float,
     ) -> Estimate:
         kernels = self.kernels(layout, shared=False)
         limit = self.cluster.accelerator.memory_bytes
@@ -466,7 +471,7 @@ class Estimator:
             workload=self.workload,
             step_time_s=step,
             mfu=mfu,
-            hfu=mfu * (1 + self.recomputed_flops / self.flops if layout.recompute == "full" else 1),
+            hfu=mfu * (1 + recomputed),
             bubble=timeline.bubble,
             fits=max(stage.total_bytes for stage in memory) <= limit,
             memory=memory,

@@ -96,3 +96,5 @@ class Piece:
     """Kept from forward for backward."""
     working_bytes: int = 0
     """The largest temporary of the piece."""
+    recomputed: tuple[Op, ...] = ()
+    """What of the backward is forward run again."""

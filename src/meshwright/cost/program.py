@@ -6,7 +6,7 @@ Memory, time and traffic are folds over these lists; `trace` and the engine's le
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meshwright.cost.ops import Collective, CollectiveOp, Elementwise, Piece
 from meshwright.cost.pieces import Shapes, embedding_piece, head_piece, layer_piece
@@ -102,8 +102,16 @@ def chunk_pieces(model: Model, layout: Layout, seq: int, place: Place) -> tuple[
 
 
 def _pieces(model: Model, local: Layout, seq: int, place: Place, chunk: Chunk) -> Pieces:
-    kinds = [(model.window(i), model.is_moe(i)) for i in chunk.layers]
-    pieces = [(layer_piece(model, local, seq, *kind), kinds.count(kind)) for kind in dict.fromkeys(kinds)]
+    again = kept = local
+    first = len(chunk.layers)
+    if local.recompute_layers is not None:
+        first = local.recompute_layers
+        again = replace(local, recompute_layers=None)
+        kept = replace(again, recompute="none", recompute_parts=("core",))
+    kinds = [(at < first, model.window(i), model.is_moe(i)) for at, i in enumerate(chunk.layers)]
+    pieces = [
+        (layer_piece(model, again if kind[0] else kept, seq, *kind[1:]), kinds.count(kind)) for kind in dict.fromkeys(kinds)
+    ]
     if chunk.first:
         pieces.insert(0, (embedding_piece(model, local, seq), 1))
     if chunk.last:
@@ -121,6 +129,8 @@ def _local(layout: Layout) -> Layout:
         async_tp=layout.async_tp,
         micro_batch=layout.micro_batch,
         recompute=layout.recompute,
+        recompute_parts=layout.recompute_parts,
+        recompute_layers=layout.recompute_layers,
         precision=layout.precision,
         order=layout.order,
     )

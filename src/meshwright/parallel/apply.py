@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from meshwright.models.attention import Where
 from meshwright.models.decoder import Decoder, cross_entropy
@@ -26,6 +25,7 @@ from meshwright.parallel.linear import Linear, Linears, WeightGradients
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.offload import make_offload
 from meshwright.parallel.pipeline import MicroBatch, Pipeline
+from meshwright.parallel.recompute import recompute_layers, recompute_parts
 from meshwright.parallel.tensor import apply_tensor_parallel
 from meshwright.parallel.units import absent, bring_parameters
 from meshwright.parallel.vocab import vocab_parallel_cross_entropy, vocab_start
@@ -150,12 +150,10 @@ def apply(
             )
         _split_experts(decoder, mesh, gradients, balance, workload.seq)
         _keep_weight_gradients(decoder, gradients)
-        if layout.recompute == "selective":
-            _recompute_attention(decoder)
+        recompute_parts(decoder, layout)
         if layout.cp > 1:
             _split_attention(decoder, mesh)
-        if layout.recompute == "full":
-            _recompute_layers(decoder)
+        recompute_layers(decoder, layout)
     buckets = plan_buckets(rank_shards(model, layout, mesh.stage, mesh.seat), layout)
     state = DataParallel(buckets, mesh, make_offload(mesh, offload_dir))
     parameters, uses = _materialise(chunks, model, state)
@@ -267,19 +265,3 @@ def _boundary(model: Model, workload: Workload, mesh: Mesh) -> tuple[int, ...]:
 def _split_attention(decoder: Decoder, mesh: Mesh) -> None:
     for layer in decoder.layers.values():
         layer.attention.core = ContextParallelCore(layer.attention.core, mesh["ring"], mesh["ulysses"])
-
-
-def _recompute_layers(decoder: Decoder) -> None:
-    for layer in decoder.layers.values():
-        layer.forward = _checkpointed(layer.forward)  # type: ignore[method-assign, assignment]
-
-
-def _recompute_attention(decoder: Decoder) -> None:
-    """The attention core alone: what it saves grows with the square of the length where no fused kernel serves (Korthikanti et
-    al. 2022, arXiv 2205.05198, section 5)."""
-    for layer in decoder.layers.values():
-        layer.attention.core.forward = _checkpointed(layer.attention.core.forward)
-
-
-def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return partial(checkpoint, forward, use_reentrant=False)
