@@ -116,7 +116,7 @@ class ClosedForm:
         keys = (self.tables.split[at] * self.space.gpus + columns.cp[at]) * (self.space.gpus + 1) + self.space.dp[at]
         _, first, which = np.unique(keys, return_index=True, return_inverse=True)
         values = np.array([self._state_of(pipeline, sharding, stages, int(at[i])) for i in first.tolist()])
-        gather, again, reduction, rest, bytes_ = values.transpose(2, 1, 0)[:, stages.kind][:, :, which]
+        gather, again, reduction, rest, bytes_ = values.transpose(2, 1, 0)[:, :, which]
         hidden = stages.backward_of(at) if self.estimator.times.hides else 0.0
         return _State(gather, again, (np.maximum(0.0, reduction - hidden) + rest).max(axis=0), bytes_)
 
@@ -185,7 +185,7 @@ class ClosedForm:
 
 @dataclass(frozen=True)
 class _State:
-    """[stages, combinations]; `end` is of the slowest stage."""
+    """[kinds of stages, combinations]; `end` is of the slowest stage."""
 
     gather: Floats
     again: Floats
@@ -194,7 +194,7 @@ class _State:
 
 
 class _Stages:
-    """What each stage of a pipeline does for one micro-batch of the combinations `at`; arrays are [stages, at]."""
+    """What each kind of stage of a pipeline does for one micro-batch of the combinations `at`; arrays are [kinds of stages, at]."""
 
     def __init__(self, pipeline: Pipeline, space: Space, tables: Tables, at: Ints):
         self.pipeline, self.tables, self.at = pipeline, tables, at
@@ -203,14 +203,17 @@ class _Stages:
         f, b, w = (self.counts @ tables.pieces[name][:, at] for name in ("forward", "backward", "weight"))
         self.split = pipeline.schedule in SPLIT_BACKWARD
         goes_back = b - w if self.split else b
-        first = self.places.min(axis=1)
-        self.fill = (np.cumsum(f, axis=0) - f)[first]
-        self.drain = (np.cumsum(goes_back, axis=0) - goes_back)[first]
-        self.hops = first[:, None]
-        self.forward, self.backward, self.weight = (x[self.places].sum(axis=1) for x in (f, b, w))
         self._kinds, kind = np.unique(self.counts[self.places].sum(axis=1), axis=0, return_inverse=True)
         self.kind = kind.ravel()
         """[stages]: stages that hold the same layers are of one kind."""
+        # Of stages alike, the one furthest into the model waits longest.
+        furthest = [int(np.flatnonzero(self.kind == k)[-1]) for k in range(len(self._kinds))]
+        its = self.places[furthest]
+        first = its.min(axis=1)
+        self.fill = (np.cumsum(f, axis=0) - f)[first]
+        self.drain = (np.cumsum(goes_back, axis=0) - goes_back)[first]
+        self.hops = first[:, None]
+        self.forward, self.backward, self.weight = (x[its].sum(axis=1) for x in (f, b, w))
 
     @cached_property
     def crowded(self) -> Floats:
@@ -247,8 +250,9 @@ class _Stages:
             activations = np.stack([_in_flight(p, size) for size in sizes.tolist()], axis=1)[:, which] * saved.min(axis=1)
         # A piece that a stage does not hold has no temporaries there.
         held = self._kinds > 0
-        working = np.stack([tables.pieces["working"][row][:, self.at].max(axis=0) for row in held])[self.kind]
-        return np.asarray(activations + working + 2 * self._neighbours[:, None] * tables.boundary[self.at])
+        working = np.stack([tables.pieces["working"][row][:, self.at].max(axis=0) for row in held])
+        passing = activations + 2 * self._neighbours[:, None] * tables.boundary[self.at]
+        return np.asarray(np.stack([passing[self.kind == k].max(axis=0) for k in range(len(held))]) + working)
 
     @cached_property
     def _neighbours(self) -> Ints:
