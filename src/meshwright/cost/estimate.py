@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +11,7 @@ from meshwright.cost.flops import model_flops_per_token, recomputed_flops_per_to
 from meshwright.cost.kernels import Kernels
 from meshwright.cost.memory import StageMemory, passing_bytes, stage_memory, state_bytes
 from meshwright.cost.ops import Attention, Collective, Elementwise, Gemm, Op, Piece, Under
+from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.program import Pieces, Place, Program, boundary, rank_program, stage_pieces
 from meshwright.cost.timeline import ChunkSeconds, Timeline, play
 from meshwright.cost.traffic import step_collectives
@@ -136,8 +137,8 @@ _STATE_FIELDS = tuple(f.name for f in fields(Layout) if f.name not in ("micro_ba
 class Estimator:
     """Prices layouts of one model, cluster and workload; remembers what layouts share."""
 
-    def __init__(self, model: Model, cluster: Cluster, workload: Workload):
-        self.model, self.cluster, self.workload = model, cluster, workload
+    def __init__(self, model: Model, cluster: Cluster, workload: Workload, practice: Practice = OWN):
+        self.model, self.cluster, self.workload, self.practice = model, cluster, workload, practice
         self.times = CollectiveTimes(cluster, load_collective_constants())
         self.flops = model_flops_per_token(model, workload.seq)
         self.recomputed_flops = recomputed_flops_per_token(model, workload.seq)
@@ -169,7 +170,7 @@ class Estimator:
     def quick(self, layout: Layout) -> Quick:
         """Time by closed form, for ranking candidates: all as in `estimate`, but that no schedule is played where a closed form
         for it is known."""
-        if layout.schedule not in ("gpipe", "1f1b"):
+        if layout.schedule not in ("gpipe", "1f1b", "interleaved"):
             played = self.estimate(layout)
             return Quick(played.step_time_s, played.peak_bytes, played.fits)
         m = micro_batches(layout, self.workload)
@@ -181,14 +182,19 @@ class Estimator:
         ]
         hop = self.send_seconds(layout)
         each = [d.forward + d.backward for d, (_, count) in zip(alone, kinds, strict=True) for _ in range(count)]
-        pipeline = (m - 1) * _pace(layout, each, hop, m) + sum(each) + 2 * (layout.pp - 1) * hop
+        if layout.schedule == "interleaved":
+            # Filling and draining pass one chunk of each stage, and a hop lies between any two chunks (arXiv 2104.04473, 2.2.2).
+            pipeline = m * max(each) + (sum(each) - max(each)) / layout.chunks + 2 * (layout.pp - 1) * hop
+        else:
+            pipeline = (m - 1) * _pace(layout, each, hop, m) + sum(each) + 2 * (layout.pp - 1) * hop
         floor = self._shared_floor(layout, [(p, count) for p, (_, count) in zip(pieces, kinds, strict=True)])
         end = peak = 0.0
         for p, d, (stage, _) in zip(pieces, alone, kinds, strict=True):
             state = self._state(layout, stage)
             sent = sum(c.bytes for c in boundary(self.model, layout, self.workload.seq, stage))
             saved = sum(piece.saved_bytes * repeat for piece, repeat in p)
-            held = passing_bytes(p, saved * peak_in_flight(layout.schedule, stage, layout.pp, m), sent)
+            chunks = peak_in_flight(layout.schedule, stage, layout.pp, m, layout.chunks)
+            held = passing_bytes(p, saved * chunks // layout.chunks, sent)
             end = max(end, self._exposed_reduction(state.reductions, d) + state.rest)
             peak = max(peak, state.bytes + sum(held.values()) + self.overhead)
         return Quick(max(pipeline, floor) + end, int(peak), peak <= self.cluster.accelerator.memory_bytes)
@@ -259,12 +265,12 @@ class Estimator:
 
     def _kernels(self, layout: Layout, *, shared: bool) -> Kernels:
         active = min(layout.world, self.cluster.node.accelerators) if shared else 1
-        return Kernels(self.cluster, layout.precision, active)
+        return Kernels(self.cluster, layout.precision, active, self.practice)
 
     def _piece_durations(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
         key = (id(piece), shared)
         if key not in self._seconds:
-            forward, backward = self._run(piece.forward, kernels), self._run(piece.backward, kernels)
+            forward, backward = self._run(piece.forward, kernels), self._run(self._backward(piece), kernels)
             # The piece is kept beside its price, so that its id is not used again.
             self._seconds[key] = (
                 piece,
@@ -277,10 +283,24 @@ class Estimator:
             )
         return self._seconds[key][1]
 
+    def _backward(self, piece: Piece) -> tuple[Op, ...]:
+        """By the practice: all of the forward again where recompute stops nowhere, no weight gradients where none are wanted."""
+        ops = piece.backward
+        if self.practice.whole_recompute and (again := _common_prefix(piece.forward, ops)):
+            ops = (*piece.forward, *ops[again:])
+        if self.practice.frozen:
+            ops = tuple(kept for op in ops for kept in _without_weight_gradients(op))
+        return ops
+
     def _run(self, ops: tuple[Op, ...], kernels: Kernels) -> tuple[float, float]:
-        """(seconds of computation, seconds of exposed communication) of `ops` in order."""
+        """(seconds of computation, seconds of exposed communication) of `ops` in order.
+
+        The host launches kernels while earlier ones run: where all of them take less than the launches, those are what lasts.
+        """
         compute = exposed = 0.0
+        launches = 0.0
         for op in ops:
+            launches += kernels.launches(op)
             if isinstance(op, Gemm):
                 compute += kernels.gemm(op)
             elif isinstance(op, Attention):
@@ -288,12 +308,19 @@ class Estimator:
             elif isinstance(op, Elementwise):
                 compute += kernels.elementwise(op)
             elif isinstance(op, Collective):
-                exposed += self.times.seconds(op)
+                exposed += self._exposed_in_line(op, compute)
             else:
                 work = self._work(op, kernels)
                 compute += work
                 exposed += self._exposed(op, work)
-        return compute, exposed
+        return max(compute, launches * kernels.dispatch - exposed), exposed
+
+    def _exposed_in_line(self, op: Collective, before: float) -> float:
+        """Seconds of a collective between two products, of which all but a part can run in pieces beside them."""
+        seconds = self.times.seconds(op)
+        if not self.practice.overlaps_tensor or op.axis != "tp":
+            return seconds
+        return seconds / op.group_size
 
     def _weight_seconds(self, ops: tuple[Op, ...], kernels: Kernels) -> float:
         products = [g for op in ops for g in (op.work if isinstance(op, Under) else (op,)) if isinstance(g, Gemm)]
@@ -304,7 +331,8 @@ class Estimator:
 
     def _exposed(self, op: Under, work: float) -> float:
         seconds = self.times.seconds(op.collective)
-        return max(0.0, seconds - work) if self.times.hides else seconds
+        hides = self.times.hides and (self.practice.overlaps_dx or op.collective.op != "all_reduce")
+        return max(0.0, seconds - work) if hides else seconds
 
     def _step_end(self, program: Program, layout: Layout, d: Durations) -> float:
         """After the last backward: what is left of the gradient reduction, the step's other collectives, the optimizer."""
@@ -313,12 +341,17 @@ class Estimator:
 
     def _rest(self, program: Program, layout: Layout) -> float:
         """The step's other collectives, and the optimizer."""
-        sent = sum(self.times.seconds(c) for c in program.step_end)
+        if self.practice.frozen:
+            return 0.0
+        hidden = ("all_gather",) if self.practice.overlaps_gathers and self.times.hides else ()
+        sent = sum(self.times.seconds(c) for c in program.step_end if c.op not in hidden)
         return sent + self._kernels(layout, shared=True).elementwise(program.optimizer)
 
     def _exposed_reduction(self, reductions: Sequence[float], d: Durations) -> float:
         """All but the last bucket can run under the last micro-batch's backward."""
-        if not reductions or not self.times.hides:
+        if self.practice.frozen:
+            return 0.0
+        if not reductions or not self.times.hides or not self.practice.overlaps_gradients:
             return sum(reductions)
         return max(reductions[-1], sum(reductions) - d.backward)
 
@@ -395,6 +428,22 @@ class Estimator:
             },
             timeline=timeline,
         )
+
+
+def _common_prefix(forward: tuple[Op, ...], backward: tuple[Op, ...]) -> int:
+    """How many operators of the forward a backward runs again before its own."""
+    same = 0
+    while same < min(len(forward), len(backward)) and forward[same] == backward[same]:
+        same += 1
+    return same
+
+
+def _without_weight_gradients(op: Op) -> Iterator[Op]:
+    if isinstance(op, Under):
+        kept = tuple(work for work in op.work if not (isinstance(work, Gemm) and work.is_weight_gradient))
+        yield Under(op.collective, kept) if kept else op.collective
+    elif not (isinstance(op, Gemm) and op.is_weight_gradient):
+        yield op
 
 
 def _pace(layout: Layout, stages: Sequence[float], hop: float, m: int) -> float:

@@ -44,6 +44,8 @@ class Accelerator(_Frozen):
     vendor: str
     memory_bytes: int = Field(gt=0)
     memory_bandwidth: Positive
+    processors: int | None = Field(default=None, ge=1)
+    """Streaming multiprocessors or compute units, which a product's tiles are dealt to. None: not known, or no such units."""
     peak_flops: dict[str, Positive]
     """Dense FLOP/s by precision name (a `PeakName`; int8 in integer operations/s). Absent: unknown or unsupported."""
     matmul_share: dict[str, Positive] = Field(default_factory=dict)

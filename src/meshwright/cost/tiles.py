@@ -1,0 +1,46 @@
+"""Seconds of a matrix product from the tiles that it is cut into.
+
+A kernel computes the output in tiles, one a processor at a time, so that the last wave of tiles may leave processors idle (tile and
+wave quantisation: NVIDIA, "Matrix Multiplication Background User's Guide", section 2.2). The library picks the tile; so does this,
+and it may also cut the inner dimension ("split-K") when there are too few tiles, at the price of summing the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from meshwright.cost.ops import Gemm
+from meshwright.spec.kernels import load_kernel_constants
+
+SUM_BYTES = 8
+"""Of each partial sum: fp32, written and read."""
+
+
+@lru_cache(maxsize=65536)
+def product_seconds(op: Gemm, rate: float, processors: int, memory_rate: float) -> float:
+    """Of the quickest tiling. `rate`: FLOP/s of a product that fills all `processors`; `memory_rate`: bytes/s."""
+    constants, each = load_kernel_constants(), rate / processors
+    best = float("inf")
+    for rows, columns, share in constants.tiles:
+        tiles = _tiles(op, rows, columns)
+        for cut in _cuts(tiles, op.k, processors, constants.least_split):
+            waves = -(-tiles * cut // processors)
+            depth = op.k / cut + constants.tile_fill
+            seconds = waves * 2.0 * rows * columns * depth / (each * share)
+            if cut > 1:
+                seconds += cut * op.m * op.n * SUM_BYTES / memory_rate
+            best = min(best, seconds)
+    return best
+
+
+def _tiles(op: Gemm, rows: int, columns: int) -> int:
+    return op.groups * -(-(op.m // op.groups) // rows) * -(-op.n // columns)
+
+
+def _cuts(tiles: int, inner: int, processors: int, least: int) -> Iterator[int]:
+    yield 1
+    cut = 2
+    while tiles * cut <= 2 * processors and inner // cut >= least:
+        yield cut
+        cut *= 2
