@@ -13,10 +13,13 @@ import csv
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from meshwright.cost.estimate import Estimator, Quick
 from meshwright.spec.errors import UserError
+from meshwright.spec.kernels import KernelConstants
+
 from rows import Row, Run, read_run
 
 COLUMNS = ("id", "step_time_s", "fits", "reason")
@@ -25,7 +28,8 @@ COLUMNS = ("id", "step_time_s", "fits", "reason")
 class Predictor:
     """Prices rows; those that share model, machine, workload and practice share an estimator."""
 
-    def __init__(self) -> None:
+    def __init__(self, constants: KernelConstants | None = None) -> None:
+        self._constants = constants
         self._estimators: dict[object, Estimator] = {}
 
     def predict(self, row: Row) -> dict[str, str]:
@@ -44,10 +48,14 @@ class Predictor:
     def _price(self, run: Run) -> Quick:
         key = (run.cluster.model_dump_json(), run.model, run.workload, run.practice)
         if key not in self._estimators:
-            self._estimators[key] = Estimator(run.model, run.cluster, run.workload, run.practice)
+            self._estimators[key] = Estimator(run.model, run.cluster, run.workload, run.practice, self._constants)
         estimator = self._estimators[key]
         estimator.check(run.layout)
-        return estimator.quick(run.layout)
+        price = estimator.quick(run.layout)
+        if run.may_recompute and not price.fits:
+            # The row does not say what is recomputed, and without it would not have run.
+            price = estimator.quick(replace(run.layout, recompute="full"))
+        return price
 
 
 def main() -> int:

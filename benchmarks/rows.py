@@ -34,15 +34,15 @@ DEFAULT_VOCAB = {True: 32_000, False: 51_200}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a row asks to be priced."""
+    """What a row asks to be priced. The workload's batch is rounded up to whole micro-batches."""
 
     cluster: Cluster
     model: Model
     layout: Layout
     workload: Workload
     practice: Practice
-    scale: float
-    """Steps of the row over steps of `workload`, which holds whole micro-batches only."""
+    may_recompute: bool
+    """The row does not say whether activations are recomputed."""
 
 
 def read_run(row: Row) -> Run:
@@ -54,7 +54,7 @@ def read_run(row: Row) -> Run:
     whole = -(-batch // per_step) * per_step
     seq = _integer(row, "seq_len")
     practice = read_practice(row, layout)
-    return Run(cluster, model, layout, Workload(seq, whole), practice, 1.0)
+    return Run(cluster, model, layout, Workload(seq, whole), practice, not (row.get("recompute") or "").strip())
 
 
 # --- the machine
@@ -263,18 +263,22 @@ def read_practice(row: Row, layout: Layout) -> Practice:
         whole_recompute=True,
         frozen=(row.get("workload") or "") == "lora",
         gradient_bytes=2 if "pure" in flags else None,
+        single_ring="deepspeed" in (row.get("zero_stage") or "").lower() and year < 2023,
         compiled=compiled,
     )
 
 
 def _attention(text: str, year: int) -> Attention:
-    """Blank: flash from 2023 on, fused softmax before."""
+    """Blank: flash from 2023 on, fused softmax before; no version: the one of FlashAttention in 2023, the vendor's after."""
     lower = text.lower()
     if "unfused" in lower:
         return "fused-softmax" if "softmax" in lower else "unfused"
     if "flash" in lower or "fused" in lower or "fa" in lower:
-        return "flash1" if re.search(r"(flash-attention|fa|flash)\s*-?1", lower) else "flash"
-    return "flash" if year > 2022 else "fused-softmax"
+        version = re.search(r"(?:flash-attention|flashattention|fa|flash)\s*-?\s*([1-9])", lower)
+        if version:
+            return {"1": "flash1", "2": "flash2"}.get(version.group(1), "flash")
+        return "flash" if year > 2023 or "te" in lower or "cudnn" in lower else "flash2"
+    return "flash" if year > 2023 else "flash2" if year == 2023 else "fused-softmax"
 
 
 # --- cells

@@ -21,6 +21,8 @@ class CollectiveTimes:
 
     cluster: Cluster
     constants: CollectiveConstants
+    single_ring: bool = False
+    """Of data-parallel groups: see `Practice.single_ring`."""
     _priced: dict[Collective, float] = field(default_factory=dict, repr=False, compare=False)
 
     def seconds(self, c: Collective) -> float:
@@ -100,8 +102,11 @@ class CollectiveTimes:
             inside = min(inside, constants.p2p_share * links.pair_bandwidth * (self._members(c) - 1))
         if self.link(c) == "scale-up":
             return inside
-        outside = self.constants.network.plateau_share * self._line_rate(c) * self._members(c)
+        outside = self.constants.network.plateau_share * self._line_rate(c) * (1 if self._is_single(c) else self._members(c))
         return min(inside, outside) if self._members(c) > 1 else outside
+
+    def _is_single(self, c: Collective) -> bool:
+        return self.single_ring and c.axis in ("dp", "edp")
 
     def _latency(self, c: Collective, protocol: RingProtocol) -> float:
         """The ring's steps in turn; a step between nodes costs the network's hop."""

@@ -19,7 +19,7 @@ from meshwright.schedule.orders import layout_order, peak_in_flight
 from meshwright.schedule.stages import alike_stages
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.collectives import load_collective_constants
-from meshwright.spec.kernels import load_kernel_constants
+from meshwright.spec.kernels import KernelConstants, load_kernel_constants
 from meshwright.spec.layout import Layout
 from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt
 from meshwright.spec.model import Model
@@ -137,13 +137,14 @@ _STATE_FIELDS = tuple(f.name for f in fields(Layout) if f.name not in ("micro_ba
 class Estimator:
     """Prices layouts of one model, cluster and workload; remembers what layouts share."""
 
-    def __init__(self, model: Model, cluster: Cluster, workload: Workload, practice: Practice = OWN):
+    def __init__(self, model: Model, cluster: Cluster, workload: Workload, practice: Practice = OWN, constants: KernelConstants | None = None):
         self.model, self.cluster, self.workload, self.practice = model, cluster, workload, practice
-        self.times = CollectiveTimes(cluster, load_collective_constants())
+        self.constants = constants or load_kernel_constants()
+        self.times = CollectiveTimes(cluster, load_collective_constants(), practice.single_ring)
         self.flops = model_flops_per_token(model, workload.seq)
         self.recomputed_flops = recomputed_flops_per_token(model, workload.seq)
         given = cluster.accelerator.overhead_bytes
-        self.overhead = load_kernel_constants().overhead_bytes if given is None else given
+        self.overhead = self.constants.overhead_bytes if given is None else given
         self._seconds: dict[tuple[int, bool], tuple[Piece, Durations]] = {}
         self._states: dict[tuple[object, ...], _State] = {}
 
@@ -243,7 +244,7 @@ class Estimator:
         if not forward and not backward:
             return d
         if self.times.hides:
-            forward, backward = max(0.0, forward - d.forward), max(0.0, backward - d.backward)
+            forward, backward = self._beside(forward, d.forward), self._beside(backward, d.backward)
         return Durations(d.forward + forward, d.backward + backward, d.compute, d.weight)
 
     def _chunk_seconds(self, program: Program, layout: Layout) -> list[ChunkSeconds]:
@@ -265,7 +266,7 @@ class Estimator:
 
     def _kernels(self, layout: Layout, *, shared: bool) -> Kernels:
         active = min(layout.world, self.cluster.node.accelerators) if shared else 1
-        return Kernels(self.cluster, layout.precision, active, self.practice)
+        return Kernels(self.cluster, layout.precision, active, self.practice, self.constants)
 
     def _piece_durations(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
         key = (id(piece), shared)
@@ -320,7 +321,7 @@ class Estimator:
         seconds = self.times.seconds(op)
         if not self.practice.overlaps_tensor or op.axis != "tp":
             return seconds
-        return seconds / op.group_size
+        return seconds / op.group_size + self.constants.beside * seconds * (1 - 1 / op.group_size)
 
     def _weight_seconds(self, ops: tuple[Op, ...], kernels: Kernels) -> float:
         products = [g for op in ops for g in (op.work if isinstance(op, Under) else (op,)) if isinstance(g, Gemm)]
@@ -332,7 +333,12 @@ class Estimator:
     def _exposed(self, op: Under, work: float) -> float:
         seconds = self.times.seconds(op.collective)
         hides = self.times.hides and (self.practice.overlaps_dx or op.collective.op != "all_reduce")
-        return max(0.0, seconds - work) if hides else seconds
+        return self._beside(seconds, work) if hides else seconds
+
+    def _beside(self, seconds: float, work: float) -> float:
+        """What communication of `seconds` adds to computation of `work` seconds that it runs beside: the part that does not fit,
+        and what the rest takes from the computation (processors and memory bandwidth)."""
+        return max(0.0, seconds - work) + self.constants.beside * min(seconds, work)
 
     def _step_end(self, program: Program, layout: Layout, d: Durations) -> float:
         """After the last backward: what is left of the gradient reduction, the step's other collectives, the optimizer."""
@@ -353,7 +359,7 @@ class Estimator:
             return 0.0
         if not reductions or not self.times.hides or not self.practice.overlaps_gradients:
             return sum(reductions)
-        return max(reductions[-1], sum(reductions) - d.backward)
+        return max(reductions[-1], self._beside(sum(reductions), d.backward))
 
     def _collective_costs(
         self, programs: list[Program], layout: Layout, alone: list[Durations], exposed_sends: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.tiles import product_seconds
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
-from meshwright.spec.kernels import load_kernel_constants
+from meshwright.spec.kernels import KernelConstants, load_kernel_constants
 from meshwright.spec.layout import Precision
 from meshwright.spec.precision import STATE_BYTES
 
@@ -26,6 +26,7 @@ class Kernels:
     precision: Precision
     active: int
     practice: Practice = OWN
+    constants: KernelConstants = field(default_factory=load_kernel_constants)
 
     def gemm(self, op: Gemm) -> float:
         """A product's roofline, with the tiles that it is cut into where the accelerator's processors are known."""
@@ -36,8 +37,8 @@ class Kernels:
             return max(op.flops / self._matmul_rate(op.flops), moved)
         rate = self._matmul_rate(op.flops, products)
         processors = self.cluster.accelerator.processors
-        seconds = product_seconds(op, rate, processors, self.memory_bandwidth) if processors else op.flops / rate
-        return max(seconds, moved) + self._cast(op, products) + load_kernel_constants().gap
+        seconds = product_seconds(op, rate, processors, self.memory_bandwidth, self.constants) if processors else op.flops / rate
+        return max(seconds, moved) + self._cast(op, products) + self.constants.gap
 
     def _products(self, op: Gemm) -> str:
         """The precision of a product: the head's stays that of the layout."""
@@ -57,9 +58,9 @@ class Kernels:
             return op.flops / self._shared(measured, forward)
         if self.practice.attention in ("fused-softmax", "unfused"):
             return self._written_scores(op)
-        constants = load_kernel_constants()
+        constants = self.constants
         shares = constants.attention[self.practice.attention]
-        share = shares.backward if op.backward else shares.forward
+        share = (shares.backward if op.backward else shares.forward) * (shares.newer if "fp8" in self._peaks else 1.0)
         # A causal kernel computes whole blocks on the diagonal, and short sequences do not fill it.
         length = op.length / op.share**0.5
         share *= length / (length + constants.attention_fill)
@@ -68,7 +69,7 @@ class Kernels:
     def _written_scores(self, op: Attention) -> float:
         """Products over the whole square, and the passes over the scores between them."""
         size = STATE_BYTES[self.precision].parameter
-        constants = load_kernel_constants()
+        constants = self.constants
         rows, columns = op.length // op.share, op.length
         maps = op.batch * op.heads
         wide = Gemm("scores", maps * rows, columns, op.head_dim, maps)
@@ -81,29 +82,35 @@ class Kernels:
     @property
     def dispatch(self) -> float:
         """Seconds of the host for a kernel."""
-        return 0.0 if self._measured_matmul or self.practice.compiled else load_kernel_constants().dispatch
+        return 0.0 if self._measured_matmul or self.practice.compiled else self.constants.dispatch
 
     def launches(self, op: Op) -> float:
         """Kernels that the host starts for `op`."""
         if isinstance(op, Under):
             return 1 + sum(self.launches(work) for work in op.work)
         if isinstance(op, Elementwise) and op.name == "norm" and not self.practice.fused_norms:
-            return load_kernel_constants().norm_passes
+            return self.constants.norm_passes
         if isinstance(op, Attention) and self.practice.attention in ("fused-softmax", "unfused"):
-            return (2 if op.backward else 1) * (2 + load_kernel_constants().score_passes[self.practice.attention] / 2)
+            return (2 if op.backward else 1) * (2 + self.constants.score_passes[self.practice.attention] / 2)
         return 1
 
     def elementwise(self, op: Elementwise) -> float:
-        passes = 1.0
+        if self._measured_matmul:
+            return op.bytes / self.memory_bandwidth
+        constants = self.constants
+        passes = 1.0 if self.practice.compiled or op.name == "optimizer" else constants.passes
         if op.name == "norm" and not self.practice.fused_norms:
-            passes = load_kernel_constants().norm_passes
-        gap = 0.0 if self._measured_matmul else load_kernel_constants().gap
-        return op.bytes * passes / self.memory_bandwidth + gap
+            passes = constants.norm_passes
+        return op.bytes * passes / self.memory_bandwidth + constants.gap
+
+    @property
+    def _peaks(self) -> dict[str, float]:
+        return self.cluster.accelerator.peak_flops
 
     @property
     def peak_flops(self) -> float:
         """Dense peak of one accelerator in this precision. Raises UserError when the catalogue has none."""
-        peaks = self.cluster.accelerator.peak_flops
+        peaks = self._peaks
         if self.precision not in peaks:
             raise UserError(f"{self.cluster.accelerator.name} has no {self.precision} rate; it has {', '.join(peaks)}")
         return peaks[self.precision]
@@ -115,7 +122,7 @@ class Kernels:
             alone = self.cluster.accelerator.memory_bandwidth
             return min(alone, measured.memory_bandwidth * self.cluster.node.accelerators / self.active)
         accelerator = self.cluster.accelerator
-        share = accelerator.memory_share or load_kernel_constants().memory_share
+        share = accelerator.memory_share or self.constants.memory_share
         return accelerator.memory_bandwidth * share / (self._share if self.active > 1 else 1.0)
 
     @cached_property
@@ -125,7 +132,7 @@ class Kernels:
         share = self.cluster.accelerator.matmul_share.get(self.precision)
         if share:
             return f"published: largest matmul {share:.0%} of peak ({self.cluster.accelerator.source})"
-        return f"formula: matmul at {load_kernel_constants().matmul_share:.0%} of peak, the usual share"
+        return f"formula: matmul at {self.constants.matmul_share:.0%} of peak, the usual share"
 
     @property
     def _share(self) -> float:
@@ -136,7 +143,7 @@ class Kernels:
     def _matmul_rate(self, flops: float, precision: str | None = None) -> float:
         if self._measured_matmul:
             return self._shared(self._measured_matmul, flops)
-        constants, accelerator = load_kernel_constants(), self.cluster.accelerator
+        constants, accelerator = self.constants, self.cluster.accelerator
         if precision is None or precision not in accelerator.peak_flops:
             precision = self.precision
         share = accelerator.matmul_share.get(precision, constants.matmul_share) * constants.sustained_share

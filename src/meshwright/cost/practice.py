@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Attention = Literal["flash", "flash1", "fused-softmax", "unfused"]
-"""flash: scores never reach memory (flash1: the first version of those kernels). fused-softmax: scores are written out, and one
+Attention = Literal["flash", "flash2", "flash1", "fused-softmax", "unfused"]
+"""flash: scores never reach memory, in kernels written for the accelerator (flash1, flash2: the versions of FlashAttention, written
+for the A100). fused-softmax: scores are written out, and one
 kernel scales, masks and normalises them. unfused: a kernel for each of those."""
 
 
@@ -35,6 +36,8 @@ class Practice:
     """The weights are not trained (adapters are): no weight gradients, no reduction, no optimizer worth counting."""
     gradient_bytes: int | None = None
     """Of an element of a gradient on the wire. None: as the gradients are kept."""
+    single_ring: bool = False
+    """Data-parallel collectives run as one ring, which leaves each node by one network port, not by all of its ports at once."""
     compiled: bool = False
     """A compiler fuses memory-bound operators into their neighbours and launches steps whole."""
 

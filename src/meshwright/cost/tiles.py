@@ -8,19 +8,17 @@ and it may also cut the inner dimension ("split-K") when there are too few tiles
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 from meshwright.cost.ops import Gemm
-from meshwright.spec.kernels import load_kernel_constants
+from meshwright.spec.kernels import KernelConstants
 
 SUM_BYTES = 8
 """Of each partial sum: fp32, written and read."""
 
 
-@lru_cache(maxsize=65536)
-def product_seconds(op: Gemm, rate: float, processors: int, memory_rate: float) -> float:
+def product_seconds(op: Gemm, rate: float, processors: int, memory_rate: float, constants: KernelConstants) -> float:
     """Of the quickest tiling. `rate`: FLOP/s of a product that fills all `processors`; `memory_rate`: bytes/s."""
-    constants, each = load_kernel_constants(), rate / processors
+    each = rate / processors
     best = float("inf")
     for rows, columns, share in constants.tiles:
         tiles = _tiles(op, rows, columns)

@@ -17,6 +17,8 @@ class AttentionShares(BaseModel):
 
     forward: float = Field(gt=0, le=1)
     backward: float = Field(gt=0, le=1)
+    newer: float = Field(default=1.0, gt=0, le=1)
+    """Of that, on accelerators newer than the kernel: those with fp8 units, whose asynchronous copies it leaves unused."""
 
 
 class KernelConstants(BaseModel):
@@ -40,8 +42,12 @@ class KernelConstants(BaseModel):
     """Times that attention which writes its scores out reads or writes them in forward, beside its two products."""
     norm_passes: float = Field(ge=1)
     """Bytes that a norm moves operator by operator, over those of one kernel."""
+    passes: float = Field(ge=1)
+    """Bytes that memory-bound operators move in frameworks without a compiler (casts, copies, sums), over those of the operators."""
     gap: float = Field(ge=0)
     """Seconds between the end of a kernel and the first work of the next."""
+    beside: float = Field(ge=0)
+    """Of the seconds of a collective that runs beside computation: what the computation loses to it."""
     dispatch: float = Field(ge=0)
     """Seconds of the host for each kernel, where no compiler takes it away."""
     memory_share: float = Field(gt=0, le=1)
