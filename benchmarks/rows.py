@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from meshwright.cost.practice import Attention, Practice
+from meshwright.cost.practice import Attention, Loss, Practice
 from meshwright.spec.catalogue import catalogue_accelerators, load_accelerator
 from meshwright.spec.cluster import Accelerator, Cluster, Fabric, Node
 from meshwright.spec.errors import UserError
@@ -253,7 +253,9 @@ def read_practice(row: Row, layout: Layout) -> Practice:
     flags = (row.get("other_flags") or "").lower()
     year = _optional(row, "year") or 2023
     compiled = "xla" in flags or "jax" in flags or "torch.compile" in flags or "compile" in flags
+    zero = (row.get("zero_stage") or "").lower()
     return Practice(
+        loss=_loss(row, compiled),
         attention=_attention(row.get("attention_kernel") or "", year),
         fused_norms=compiled or "norm kernel" in flags or (row.get("gated_mlp") or "") != "yes" or year > 2023,
         products="fp8" if "fp8" in (row.get("precision") or "").lower() else None,
@@ -262,10 +264,20 @@ def read_practice(row: Row, layout: Layout) -> Practice:
         overlaps_gathers="param overlap" in flags or "param all-gather overlap" in flags,
         whole_recompute=True,
         frozen=(row.get("workload") or "") == "lora",
-        gradient_bytes=2 if "pure" in flags else None,
-        single_ring="deepspeed" in (row.get("zero_stage") or "").lower() and year < 2023,
+        gradient_bytes=None if "distributed optimizer" in zero or ("fsdp" in zero and "pure" not in flags) else 2,
+        single_ring="deepspeed" in zero and year < 2023,
         compiled=compiled,
     )
+
+
+def _loss(row: Row, compiled: bool) -> Loss:
+    """Fused in a compiler and under FSDP, whose trainers take a fused kernel; Megatron's where one of its features is named (a
+    schedule, a distributed optimizer, fp8); PyTorch's own where none is."""
+    zero = (row.get("zero_stage") or "").lower()
+    if compiled or "fsdp" in zero:
+        return "fused"
+    megatron = (row.get("schedule") or "").strip() or zero or "fp8" in (row.get("precision") or "").lower()
+    return "parallel" if megatron or "megatron" in (row.get("attention_kernel") or "").lower() else "whole"
 
 
 def _attention(text: str, year: int) -> Attention:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from meshwright.cost.adapt import as_practised
 from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops_per_token
 from meshwright.cost.kernels import Kernels
@@ -146,6 +147,7 @@ class Estimator:
         given = cluster.accelerator.overhead_bytes
         self.overhead = self.constants.overhead_bytes if given is None else given
         self._seconds: dict[tuple[int, bool], tuple[Piece, Durations]] = {}
+        self._adapted: dict[tuple[object, ...], tuple[Piece, Piece]] = {}
         self._states: dict[tuple[object, ...], _State] = {}
 
     def estimate(self, layout: Layout) -> Estimate:
@@ -176,7 +178,7 @@ class Estimator:
             return Quick(played.step_time_s, played.peak_bytes, played.fits)
         m = micro_batches(layout, self.workload)
         kinds = [(members[0], len(members)) for members in alike_stages(self.model, layout)]
-        pieces = [stage_pieces(self.model, layout, self.workload.seq, Place(stage)) for stage, _ in kinds]
+        pieces = [self._practised(stage_pieces(self.model, layout, self.workload.seq, Place(stage)), layout) for stage, _ in kinds]
         alone = [
             self._passing(self.durations(p, layout, shared=False), *self._state(layout, stage).sharding)
             for p, (stage, _) in zip(pieces, kinds, strict=True)
@@ -209,7 +211,7 @@ class Estimator:
                 tuple(self.times.seconds(c) for c in program.gradient_reductions),
                 self._rest(program, layout),
                 self._sharding(program),
-                sum(state_bytes(program, layout).values()),
+                sum(state_bytes(program, layout, self.practice.gradient_bytes).values()),
             )
         return self._states[key]
 
@@ -218,8 +220,21 @@ class Estimator:
         out: dict[int, Program] = {}
         for members in alike_stages(self.model, layout):
             program = rank_program(self.model, layout, self.workload, Place(members[0]))
+            program = replace(program, chunks=tuple(self._practised(chunk, layout) for chunk in program.chunks))
             out |= dict.fromkeys(members, program)
         return [out[stage] for stage in range(layout.pp)]
+
+    def _practised(self, pieces: Pieces, layout: Layout) -> Pieces:
+        if self.practice == OWN:
+            return pieces
+        tokens = layout.micro_batch * self.workload.seq // layout.cp
+        out = []
+        for piece, repeat in pieces:
+            key = (id(piece), layout.tp, layout.sp, layout.recompute)
+            if key not in self._adapted:
+                self._adapted[key] = piece, as_practised(piece, self.practice, self.model, layout, tokens)
+            out.append((self._adapted[key][1], repeat))
+        return tuple(out)
 
     def check(self, layout: Layout) -> None:
         """Raise UserError when the layout cannot run this model and workload, or is not built yet."""
@@ -271,7 +286,7 @@ class Estimator:
     def _piece_durations(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
         key = (id(piece), shared)
         if key not in self._seconds:
-            forward, backward = self._run(piece.forward, kernels), self._run(self._backward(piece), kernels)
+            forward, backward = self._run(piece.forward, kernels), self._run(piece.backward, kernels)
             # The piece is kept beside its price, so that its id is not used again.
             self._seconds[key] = (
                 piece,
@@ -283,15 +298,6 @@ class Estimator:
                 ),
             )
         return self._seconds[key][1]
-
-    def _backward(self, piece: Piece) -> tuple[Op, ...]:
-        """By the practice: all of the forward again where recompute stops nowhere, no weight gradients where none are wanted."""
-        ops = piece.backward
-        if self.practice.whole_recompute and (again := _common_prefix(piece.forward, ops)):
-            ops = (*piece.forward, *ops[again:])
-        if self.practice.frozen:
-            ops = tuple(kept for op in ops for kept in _without_weight_gradients(op))
-        return ops
 
     def _run(self, ops: tuple[Op, ...], kernels: Kernels) -> tuple[float, float]:
         """(seconds of computation, seconds of exposed communication) of `ops` in order.
@@ -434,22 +440,6 @@ class Estimator:
             },
             timeline=timeline,
         )
-
-
-def _common_prefix(forward: tuple[Op, ...], backward: tuple[Op, ...]) -> int:
-    """How many operators of the forward a backward runs again before its own."""
-    same = 0
-    while same < min(len(forward), len(backward)) and forward[same] == backward[same]:
-        same += 1
-    return same
-
-
-def _without_weight_gradients(op: Op) -> Iterator[Op]:
-    if isinstance(op, Under):
-        kept = tuple(work for work in op.work if not (isinstance(work, Gemm) and work.is_weight_gradient))
-        yield Under(op.collective, kept) if kept else op.collective
-    elif not (isinstance(op, Gemm) and op.is_weight_gradient):
-        yield op
 
 
 def _pace(layout: Layout, stages: Sequence[float], hop: float, m: int) -> float:

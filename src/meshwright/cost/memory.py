@@ -26,15 +26,15 @@ class StageMemory:
         return sum(self.categories.values())
 
 
-def state_bytes(program: Program, layout: Layout) -> dict[str, int]:
-    """Parameters, gradients and optimizer state, to the byte."""
+def state_bytes(program: Program, layout: Layout, gradient_bytes: int | None = None) -> dict[str, int]:
+    """Parameters, gradients and optimizer state, to the byte. `gradient_bytes`: of an element, if not the engine's own."""
     bytes_ = STATE_BYTES[layout.precision]
     owned = sum(bucket.owned for bucket in program.buckets)
     parameters = sum(b.owned if b.unit else b.numel for b in program.buckets)
     gradients = sum(b.owned if layout.zero >= 2 else b.numel for b in program.buckets)
     return {
         "parameters": parameters * bytes_.parameter,
-        "gradients": gradients * bytes_.gradient,
+        "gradients": gradients * (gradient_bytes or bytes_.gradient),
         "optimizer": owned * bytes_.optimizer + STEP_COUNTER_BYTES * len(program.buckets),
     }
 

@@ -14,10 +14,16 @@ Attention = Literal["flash", "flash2", "flash1", "fused-softmax", "unfused"]
 for the A100). fused-softmax: scores are written out, and one
 kernel scales, masks and normalises them. unfused: a kernel for each of those."""
 
+Loss = Literal["fused", "parallel", "whole"]
+"""fused: one kernel from logits to their gradient. parallel: Megatron's, over each rank's share of the vocabulary. whole: PyTorch's
+own, in fp32, over logits gathered from the tensor-parallel ranks."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Practice:
     attention: Attention = "flash"
+    loss: Loss | None = None
+    """None: the engine's own, which is vocab-parallel and keeps its softmax."""
     fused_norms: bool = True
     """One kernel for a norm, not one for each of its operators."""
     products: str | None = None
@@ -35,7 +41,7 @@ class Practice:
     frozen: bool = False
     """The weights are not trained (adapters are): no weight gradients, no reduction, no optimizer worth counting."""
     gradient_bytes: int | None = None
-    """Of an element of a gradient on the wire. None: as the gradients are kept."""
+    """Of an element of a gradient, kept and on the wire. None: the engine's own (fp32 where computation is narrower)."""
     single_ring: bool = False
     """Data-parallel collectives run as one ring, which leaves each node by one network port, not by all of its ports at once."""
     compiled: bool = False
