@@ -22,6 +22,8 @@ from meshwright.spec.kernels import KernelConstants
 
 from rows import Row, Run, read_run
 
+CLEARLY_OVER = 1.3
+"""Of the memory: more than an estimate of activations can be wrong by."""
 COLUMNS = ("id", "step_time_s", "fits", "reason")
 
 
@@ -52,7 +54,7 @@ class Predictor:
         estimator = self._estimators[key]
         estimator.check(run.layout)
         price = estimator.quick(run.layout)
-        if run.may_recompute and not price.fits:
+        if run.may_recompute and price.peak_bytes > CLEARLY_OVER * run.cluster.accelerator.memory_bytes:
             # The row does not say what is recomputed, and without it would not have run.
             price = estimator.quick(replace(run.layout, recompute="full"))
         return price

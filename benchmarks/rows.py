@@ -260,28 +260,28 @@ def read_practice(row: Row, layout: Layout) -> Practice:
         fused_norms=compiled or "norm kernel" in flags or (row.get("gated_mlp") or "") != "yes" or year > 2023,
         products="fp8" if "fp8" in (row.get("precision") or "").lower() else None,
         overlaps_tensor="tp_comm_overlap" in flags and "no tp_comm_overlap" not in flags,
-        overlaps_gradients=layout.zero > 0 or "overlap" in flags,
-        overlaps_gathers="param overlap" in flags or "param all-gather overlap" in flags,
+        overlaps_gradients="grad/param" in flags or "overlap" in flags or "fsdp" in zero or "deepspeed" in zero or year > 2023,
+        overlaps_gathers="grad/param" in flags or "overlap" in flags or year > 2023,
         whole_recompute=True,
         frozen=(row.get("workload") or "") == "lora",
-        gradient_bytes=None if "distributed optimizer" in zero or ("fsdp" in zero and "pure" not in flags) else 2,
+        gradient_bytes=None if "fsdp" in zero and "pure" not in flags else 2,
         single_ring="deepspeed" in zero and year < 2023,
         compiled=compiled,
     )
 
 
 def _loss(row: Row, compiled: bool) -> Loss:
-    """Fused in a compiler and under FSDP, whose trainers take a fused kernel; Megatron's where one of its features is named (a
-    schedule, a distributed optimizer, fp8); PyTorch's own where none is."""
-    zero = (row.get("zero_stage") or "").lower()
+    """Fused in a compiler and under FSDP, whose trainers take a fused kernel. Megatron's for its own models (GPT, no gated MLP) and
+    where one of its features is named: a schedule, a ZeRO stage, fp8. PyTorch's own for other models in code that names none."""
+    zero = (row.get("zero_stage") or "").strip().lower()
     if compiled or "fsdp" in zero:
         return "fused"
-    megatron = (row.get("schedule") or "").strip() or zero or "fp8" in (row.get("precision") or "").lower()
-    return "parallel" if megatron or "megatron" in (row.get("attention_kernel") or "").lower() else "whole"
+    named = (row.get("schedule") or "").strip() or zero or "fp8" in (row.get("precision") or "").lower()
+    return "parallel" if named or (row.get("gated_mlp") or "").strip().lower() == "no" else "whole"
 
 
 def _attention(text: str, year: int) -> Attention:
-    """Blank: flash from 2023 on, fused softmax before; no version: the one of FlashAttention in 2023, the vendor's after."""
+    """Blank: flash from 2023 on, fused softmax before; no version: the first of FlashAttention until 2023, the vendor's after."""
     lower = text.lower()
     if "unfused" in lower:
         return "fused-softmax" if "softmax" in lower else "unfused"
@@ -289,8 +289,8 @@ def _attention(text: str, year: int) -> Attention:
         version = re.search(r"(?:flash-attention|flashattention|fa|flash)\s*-?\s*([1-9])", lower)
         if version:
             return {"1": "flash1", "2": "flash2"}.get(version.group(1), "flash")
-        return "flash" if year > 2023 or "te" in lower or "cudnn" in lower else "flash2"
-    return "flash" if year > 2023 else "flash2" if year == 2023 else "fused-softmax"
+        return "flash" if year > 2023 or "te" in lower or "cudnn" in lower else "flash1"
+    return "flash" if year > 2023 else "flash1" if year == 2023 else "fused-softmax"
 
 
 # --- cells

@@ -211,9 +211,13 @@ class Estimator:
                 tuple(self.times.seconds(c) for c in program.gradient_reductions),
                 self._rest(program, layout),
                 self._sharding(program),
-                sum(state_bytes(program, layout, self.practice.gradient_bytes).values()),
+                self._state_bytes(program, layout),
             )
         return self._states[key]
+
+    def _state_bytes(self, program: Program, layout: Layout) -> int:
+        held = state_bytes(program, layout, self.practice.gradient_bytes)
+        return held["parameters"] if self.practice.frozen else sum(held.values())
 
     def _programs(self, layout: Layout) -> list[Program]:
         """Each stage's program; stages that hold the same share one."""
