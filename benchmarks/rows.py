@@ -67,8 +67,8 @@ def find_accelerator(gpu: str) -> Accelerator:
     memory = next((int(m) for m in re.findall(r"(\d+)\s*gi?b\b", gpu.lower())), None)
     best: tuple[float, str] | None = None
     for name in catalogue_accelerators():
-        family, *form = name.split("-")
-        if name == "cpu" or not any(word == family or word.startswith((f"{family}sxm", f"{family}pcie")) for word in words):
+        family, *form = name.split("-") if re.search(r"\d", name.split("-")[0]) else [name.replace("-", ""), name]
+        if name == "cpu" or not any(word in (family, f"{family}sxm", f"{family}pcie") for word in (*words, "".join(words))):
             continue
         held = load_accelerator(name).memory_bytes / 2**30
         score = sum(part in words or f"{part}gb" in words for part in form) + 0.5 * ("sxm" in form) + 0.01 * held / 100

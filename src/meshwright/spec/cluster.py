@@ -36,6 +36,10 @@ class ScaleUp(_Frozen):
     effective_bandwidth: Positive | None = None
     """What a ring collective reaches, where a source says so."""
     topology: str = "switch"
+    latency_share: Positive = 1.0
+    """Of the latencies of this kind of link (catalogue/collectives.yaml), where a measurement says otherwise."""
+    sums_in_switch: bool = False
+    """Whether the switches sum an all-reduce on its way (NVLink SHARP)."""
 
 
 class Accelerator(_Frozen):
