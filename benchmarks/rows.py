@@ -178,8 +178,8 @@ def read_layout(row: Row, model: Model) -> Layout:
     tp, pp, cp = (_optional(row, key) or 1 for key in ("tp", "pp", "cp"))
     gpus = _integer(row, "n_gpus")
     dp = _optional(row, "dp") or _optional(row, "calc_dp") or max(1, gpus // (tp * pp * cp))
-    chunks = (_optional(row, "vpp") or 1) if pp > 1 else 1
-    zero, shard = _zero(row.get("zero_stage") or "", dp, cp)
+    chunks = min(_optional(row, "vpp") or 1, model.layers // pp) if pp > 1 else 1
+    zero, shard = _zero(row.get("zero_stage") or "", dp, cp, model, read_cluster(row))
     has_experts = model.experts is not None
     layout = Layout(
         dp=dp,
@@ -214,8 +214,9 @@ def _sequence_parallel(row: Row) -> bool:
     return said == "yes" or (not said and (_optional(row, "year") or 0) > 2022)
 
 
-def _zero(text: str, dp: int, cp: int) -> tuple[int, int | None]:
-    """ZeRO stage and the size of its groups. Blank: the optimizer state is sharded, as recipes with data parallel have it."""
+def _zero(text: str, dp: int, cp: int, model: Model, cluster: Cluster) -> tuple[int, int | None]:
+    """ZeRO stage and the size of its groups. Blank: the optimizer state is sharded if the model's state (16 bytes a parameter,
+    arXiv 1910.02054) does not fit one accelerator."""
     if dp * cp == 1:
         return 0, None
     lower = text.lower()
@@ -223,7 +224,8 @@ def _zero(text: str, dp: int, cp: int) -> tuple[int, int | None]:
         stage = 2 if "zero-2" in lower or "grad_op" in lower else 3
     else:
         digit = re.search(r"\d", lower)
-        stage = int(digit.group()) if digit else 1
+        is_large = 16 * count_parameters(model).total > cluster.accelerator.memory_bytes
+        stage = int(digit.group()) if digit else int(is_large)
     group = re.search(r"fsdp\s*=\s*(\d+)", lower)
     size = int(group.group(1)) if group else None
     legal = size is not None and stage and 1 < size < dp and dp % size == 0
@@ -264,7 +266,7 @@ def read_practice(row: Row, layout: Layout) -> Practice:
         overlaps_gathers="grad/param" in flags or "overlap" in flags or year > 2023,
         whole_recompute=True,
         frozen=(row.get("workload") or "") == "lora",
-        gradient_bytes=None if "fsdp" in zero and "pure" not in flags else 2,
+        gradient_bytes=None if layout.zero == 3 and "pure" not in flags else 2,
         single_ring="deepspeed" in zero and year < 2023,
         compiled=compiled,
     )

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from meshwright.cost.ops import Attention, Collective, Elementwise, Gemm, Op, Piece, Under
 from meshwright.cost.practice import OWN, Practice
+from meshwright.cost.program import Program
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
 from meshwright.spec.precision import STATE_BYTES
@@ -40,6 +41,20 @@ def as_practised(piece: Piece, practice: Practice, model: Model, layout: Layout,
     if piece.name == "head":
         return _loss(out, practice, model, layout, tokens)
     return _kept(out, practice, model, layout, tokens) if piece.name == "layer" else out
+
+
+def with_gradients_of(program: Program, layout: Layout, size: int | None) -> Program:
+    """`program` with gradients of `size` bytes an element on the wire; None: as the engine has them."""
+    own = STATE_BYTES[layout.precision].gradient
+    if size is None or size == own:
+        return program
+
+    def resized(calls: tuple[Collective, ...]) -> tuple[Collective, ...]:
+        return tuple(replace(c, bytes=c.bytes * size // own) for c in calls)
+
+    return replace(
+        program, gradient_reductions=resized(program.gradient_reductions), scatters=resized(program.scatters)
+    )
 
 
 def _kept(piece: Piece, practice: Practice, model: Model, layout: Layout, tokens: int) -> Piece:
@@ -81,6 +96,11 @@ def _loss(piece: Piece, practice: Practice, model: Model, layout: Layout, tokens
 def _scaled(ops: tuple[Op, ...], factor: float) -> Iterator[Op]:
     for op in ops:
         yield replace(op, bytes=op.bytes * factor) if isinstance(op, Elementwise) and op.name == "loss" else op
+
+
+def is_recomputed(piece: Piece) -> bool:
+    """Whether its backward runs its forward again first."""
+    return _common_prefix(piece.forward, piece.backward) > 0
 
 
 def _common_prefix(forward: tuple[Op, ...], backward: tuple[Op, ...]) -> int:

@@ -42,8 +42,8 @@ class CollectiveTimes:
         steps, rate = WIRE_FACTOR[c.op] * (c.group_size - 1), self._ring_rate(c)
         quickest = self._quickest(c, constants.protocols, steps, wire, rate)
         if c.op == "all_reduce" and constants.in_switch and self.cluster.accelerator.scale_up.sums_in_switch:
-            base = constants.in_switch.base_latency * self._latency_share(c)
-            quickest = min(quickest, base + wire / (constants.in_switch.gain_of(c.group_size) * rate))
+            base, gain = constants.in_switch.base_latency * self._latency_share(c), constants.in_switch.gain_of(c.group_size)
+            quickest = min(quickest, base + wire / (gain * rate)) if gain > 1 else quickest
         return max(constants.floors.get(c.op, 0.0), quickest)
 
     def _quickest(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from meshwright.cost.adapt import as_practised
+from meshwright.cost.adapt import as_practised, is_recomputed, with_gradients_of
 from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops_per_token
 from meshwright.cost.kernels import Kernels
@@ -138,7 +138,14 @@ _STATE_FIELDS = tuple(f.name for f in fields(Layout) if f.name not in ("micro_ba
 class Estimator:
     """Prices layouts of one model, cluster and workload; remembers what layouts share."""
 
-    def __init__(self, model: Model, cluster: Cluster, workload: Workload, practice: Practice = OWN, constants: KernelConstants | None = None):
+    def __init__(
+        self,
+        model: Model,
+        cluster: Cluster,
+        workload: Workload,
+        practice: Practice = OWN,
+        constants: KernelConstants | None = None,
+    ):
         self.model, self.cluster, self.workload, self.practice = model, cluster, workload, practice
         self.constants = constants or load_kernel_constants()
         self.times = CollectiveTimes(cluster, load_collective_constants(), practice.single_ring)
@@ -206,7 +213,9 @@ class Estimator:
         """What a stage's parameters cost, whatever the micro-batch: layouts that share it plan their buckets once."""
         key = (*(getattr(layout, name) for name in _STATE_FIELDS), stage)
         if key not in self._states:
-            program = rank_program(self.model, layout, self.workload, Place(stage))
+            program = with_gradients_of(
+                rank_program(self.model, layout, self.workload, Place(stage)), layout, self.practice.gradient_bytes
+            )
             self._states[key] = _State(
                 tuple(self.times.seconds(c) for c in program.gradient_reductions),
                 self._rest(program, layout),
@@ -224,6 +233,7 @@ class Estimator:
         out: dict[int, Program] = {}
         for members in alike_stages(self.model, layout):
             program = rank_program(self.model, layout, self.workload, Place(members[0]))
+            program = with_gradients_of(program, layout, self.practice.gradient_bytes)
             program = replace(program, chunks=tuple(self._practised(chunk, layout) for chunk in program.chunks))
             out |= dict.fromkeys(members, program)
         return [out[stage] for stage in range(layout.pp)]
@@ -290,7 +300,8 @@ class Estimator:
     def _piece_durations(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
         key = (id(piece), shared)
         if key not in self._seconds:
-            forward, backward = self._run(piece.forward, kernels), self._run(piece.backward, kernels)
+            again = is_recomputed(piece)
+            forward, backward = (self._run(ops, kernels, again) for ops in (piece.forward, piece.backward))
             # The piece is kept beside its price, so that its id is not used again.
             self._seconds[key] = (
                 piece,
@@ -303,15 +314,13 @@ class Estimator:
             )
         return self._seconds[key][1]
 
-    def _run(self, ops: tuple[Op, ...], kernels: Kernels) -> tuple[float, float]:
+    def _run(self, ops: tuple[Op, ...], kernels: Kernels, recomputed: bool) -> tuple[float, float]:
         """(seconds of computation, seconds of exposed communication) of `ops` in order.
 
         The host launches kernels while earlier ones run: where all of them take less than the launches, those are what lasts.
         """
         compute = exposed = 0.0
-        launches = 0.0
         for op in ops:
-            launches += kernels.launches(op)
             if isinstance(op, Gemm):
                 compute += kernels.gemm(op)
             elif isinstance(op, Attention):
@@ -319,14 +328,14 @@ class Estimator:
             elif isinstance(op, Elementwise):
                 compute += kernels.elementwise(op)
             elif isinstance(op, Collective):
-                exposed += self._exposed_in_line(op, compute)
+                exposed += self._exposed_in_line(op)
             else:
                 work = self._work(op, kernels)
                 compute += work
                 exposed += self._exposed(op, work)
-        return max(compute, launches * kernels.dispatch - exposed), exposed
+        return max(compute, kernels.host_seconds(ops, recomputed) - exposed), exposed
 
-    def _exposed_in_line(self, op: Collective, before: float) -> float:
+    def _exposed_in_line(self, op: Collective) -> float:
         """Seconds of a collective between two products, of which all but a part can run in pieces beside them."""
         seconds = self.times.seconds(op)
         if not self.practice.overlaps_tensor or op.axis != "tp":

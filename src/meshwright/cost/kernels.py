@@ -38,7 +38,7 @@ class Kernels:
         rate = self._matmul_rate(op.flops, products)
         processors = self.cluster.accelerator.processors
         seconds = product_seconds(op, rate, processors, self.memory_bandwidth, self.constants) if processors else op.flops / rate
-        return max(seconds, moved) + self._cast(op, products) + self.constants.gap
+        return max(seconds, moved) + self._cast(op, products) + self._gap
 
     def _products(self, op: Gemm) -> str:
         """The precision of a product: the head's stays that of the layout."""
@@ -64,7 +64,7 @@ class Kernels:
         # A causal kernel computes whole blocks on the diagonal, and short sequences do not fill it.
         length = op.length / op.share**0.5
         share *= length / (length + constants.attention_fill)
-        return op.flops / (share * self._matmul_rate(op.flops)) + constants.gap
+        return op.flops / (share * self._matmul_rate(op.flops)) + self._gap
 
     def _written_scores(self, op: Attention) -> float:
         """Products over the whole square, and the passes over the scores between them."""
@@ -75,19 +75,31 @@ class Kernels:
         wide = Gemm("scores", maps * rows, columns, op.head_dim, maps)
         narrow = Gemm("values", maps * rows, op.value_dim, columns, maps)
         products = 2 * (self.gemm(wide) + self.gemm(narrow)) if op.backward else self.gemm(wide) + self.gemm(narrow)
-        passes = constants.score_passes[self.practice.attention]
+        passes: float = constants.score_passes[self.practice.attention]
         bytes_ = maps * rows * columns * size * passes * (1.5 if op.backward else 1.0)
-        return products + bytes_ / self.memory_bandwidth + constants.gap * passes / 2
+        return products + bytes_ / self.memory_bandwidth + self._gap * passes / 2
+
+    def host_seconds(self, ops: Sequence[Op], recomputed: bool) -> float:
+        """What the host takes to start all of `ops`, and to save and restore the random state of a layer that is `recomputed`."""
+        if not self._hosted or self.practice.compiled:
+            return 0.0
+        checkpoint = self.constants.checkpoint if recomputed and self.practice.whole_recompute else 0.0
+        return checkpoint + self.constants.dispatch * sum(self._launches(op) for op in ops)
 
     @property
-    def dispatch(self) -> float:
-        """Seconds of the host for a kernel."""
-        return 0.0 if self._measured_matmul or self.practice.compiled else self.constants.dispatch
+    def _gap(self) -> float:
+        return self.constants.gap if self._hosted else 0.0
 
-    def launches(self, op: Op) -> float:
+    @property
+    def _hosted(self) -> bool:
+        """Whether the accelerator is apart from a host that starts its kernels: their gaps are in measured rates already, and a CPU
+        has none."""
+        return not self._measured_matmul and self.cluster.node.compute_slots is None
+
+    def _launches(self, op: Op) -> float:
         """Kernels that the host starts for `op`."""
         if isinstance(op, Under):
-            return 1 + sum(self.launches(work) for work in op.work)
+            return 1 + sum(self._launches(work) for work in op.work)
         if isinstance(op, Elementwise) and op.name == "norm" and not self.practice.fused_norms:
             return self.constants.norm_passes
         if isinstance(op, Attention) and self.practice.attention in ("fused-softmax", "unfused"):
@@ -95,13 +107,13 @@ class Kernels:
         return 1
 
     def elementwise(self, op: Elementwise) -> float:
-        if self._measured_matmul:
+        if not self._hosted:
             return op.bytes / self.memory_bandwidth
         constants = self.constants
         passes = 1.0 if self.practice.compiled or op.name == "optimizer" else constants.passes
         if op.name == "norm" and not self.practice.fused_norms:
             passes = constants.norm_passes
-        return op.bytes * passes / self.memory_bandwidth + constants.gap
+        return op.bytes * passes / self.memory_bandwidth + self._gap
 
     @property
     def _peaks(self) -> dict[str, float]:

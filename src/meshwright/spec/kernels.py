@@ -49,7 +49,9 @@ class KernelConstants(BaseModel):
     beside: float = Field(ge=0)
     """Of the seconds of a collective that runs beside computation: what the computation loses to it."""
     dispatch: float = Field(ge=0)
-    """Seconds of the host for each kernel, where no compiler takes it away."""
+    """Seconds of the host for each operator, where no compiler takes it away."""
+    checkpoint: float = Field(ge=0)
+    """Half of the host's seconds to save and restore the random state of a layer that frameworks run again whole."""
     memory_share: float = Field(gt=0, le=1)
     """Copy rate over the memory's line rate."""
     overhead_bytes: int = Field(ge=0)
