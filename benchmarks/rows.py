@@ -180,14 +180,16 @@ def read_layout(row: Row, model: Model) -> Layout:
     dp = _optional(row, "dp") or _optional(row, "calc_dp") or max(1, gpus // (tp * pp * cp))
     chunks = min(_optional(row, "vpp") or 1, model.layers // pp) if pp > 1 else 1
     zero, shard = _zero(row.get("zero_stage") or "", dp, cp, model, read_cluster(row))
-    has_experts = model.experts is not None
+    ep = (_optional(row, "ep") or 1) if model.experts else 1
+    # Megatron's default: experts are cut like the rest of the layer.
+    etp = (_optional(row, "etp") or (tp if dp * cp * tp % (ep * tp) == 0 else 1)) if model.experts else 1
     layout = Layout(
         dp=dp,
         tp=tp,
         pp=pp,
         cp=cp,
-        ep=(_optional(row, "ep") or 1) if has_experts else 1,
-        etp=(_optional(row, "etp") or 1) if has_experts else 1,
+        ep=ep,
+        etp=etp,
         sp=tp > 1 and _sequence_parallel(row),
         zero=zero,
         zero_shard=shard,

@@ -37,6 +37,8 @@ def as_practised(piece: Piece, practice: Practice, model: Model, layout: Layout,
         backward = (*forward, *backward[again:])
     if practice.frozen:
         backward = tuple(kept for op in backward for kept in _without_weight_gradients(op))
+    if layout.ep > 1 and layout.etp > 1:
+        forward, backward = (tuple(part for op in ops for part in _dispatch(op, layout)) for ops in (forward, backward))
     out = replace(piece, forward=forward, backward=backward)
     if piece.name == "head":
         return _loss(out, practice, model, layout, tokens)
@@ -109,6 +111,16 @@ def _common_prefix(forward: tuple[Op, ...], backward: tuple[Op, ...]) -> int:
     while same < min(len(forward), len(backward)) and forward[same] == backward[same]:
         same += 1
     return same
+
+
+def _dispatch(op: Op, layout: Layout) -> Iterator[Op]:
+    """Megatron sends each token's row once over the expert-parallel ranks, and gathers it among those that share an expert; the
+    engine sends it to each of these."""
+    if isinstance(op, Collective) and op.axis == "ep" and op.op == "all_to_all":
+        yield Collective("ep", "all_to_all", layout.ep, layout.etp, op.bytes // layout.etp)
+        yield Collective("etp", "all_gather", layout.etp, 1, op.bytes)
+    else:
+        yield op
 
 
 def _without_weight_gradients(op: Op) -> Iterator[Op]:
