@@ -19,7 +19,6 @@ from pathlib import Path
 from meshwright.cost.estimate import Estimator, Quick
 from meshwright.spec.errors import UserError
 from meshwright.spec.kernels import KernelConstants
-
 from rows import Row, Run, read_run
 
 CLEARLY_OVER = 1.3

@@ -6,7 +6,7 @@ Nothing here looks at a source or at a model's name. A column that is blank gets
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -90,7 +90,11 @@ def read_cluster(row: Row) -> Cluster:
     per_node = _optional(row, "gpus_per_node") or (TRAY if racked else DEFAULT_NODE)
     rate = _network(row.get("interconnect_inter") or "", per_node)
     if rate is None:
-        rate = NODE_NICS.get(family, 50e9 * per_node) * per_node / (TRAY if racked else DEFAULT_NODE) if family in NODE_NICS else 50e9 * per_node
+        rate = (
+            NODE_NICS.get(family, 50e9 * per_node) * per_node / (TRAY if racked else DEFAULT_NODE)
+            if family in NODE_NICS
+            else 50e9 * per_node
+        )
     return Cluster(
         name="published",
         accelerator=accelerator,
@@ -178,8 +182,9 @@ def read_layout(row: Row, model: Model) -> Layout:
     tp, pp, cp = (_optional(row, key) or 1 for key in ("tp", "pp", "cp"))
     gpus = _integer(row, "n_gpus")
     dp = _optional(row, "dp") or _optional(row, "calc_dp") or max(1, gpus // (tp * pp * cp))
+    cluster = read_cluster(row)
     chunks = min(_optional(row, "vpp") or 1, model.layers // pp) if pp > 1 else 1
-    zero, shard = _zero(row.get("zero_stage") or "", dp, cp, model, read_cluster(row))
+    zero, shard = _zero(row.get("zero_stage") or "", dp, cp, model, cluster)
     ep = (_optional(row, "ep") or 1) if model.experts else 1
     # Megatron's default: experts are cut like the rest of the layer.
     etp = (_optional(row, "etp") or (tp if dp * cp * tp % (ep * tp) == 0 else 1)) if model.experts else 1
@@ -197,7 +202,7 @@ def read_layout(row: Row, model: Model) -> Layout:
         schedule=_schedule(row.get("schedule") or "", pp, chunks),
         micro_batch=_optional(row, "micro_batch") or 1,
         recompute=_recompute(row, cp),
-        precision=_precision(row),
+        precision=_precision(row, cluster),
     )
     if layout.world != gpus:
         raise UserError(f"tp {tp} x pp {pp} x cp {cp} x dp {dp} = {layout.world} ranks, but n_gpus is {gpus}")
@@ -221,7 +226,9 @@ def _zero(text: str, dp: int, cp: int, model: Model, cluster: Cluster) -> tuple[
     arXiv 1910.02054) does not fit one accelerator."""
     if dp * cp == 1:
         return 0, None
-    lower = text.lower()
+    lower = text.strip().lower()
+    if lower in ("ddp", "no", "none"):
+        return 0, None
     if "fsdp" in lower or "full_shard" in lower or "zero" in lower or "hsdp" in lower:
         stage = 2 if "zero-2" in lower or "grad_op" in lower else 3
     else:
@@ -242,12 +249,13 @@ def _recompute(row: Row, cp: int) -> Recompute:
     return "selective" if "selective" in said and cp == 1 else "none"
 
 
-def _precision(row: Row) -> Precision:
-    """Of everything but fp8 products, which are a practice."""
+def _precision(row: Row, cluster: Cluster) -> Precision:
+    """Of everything but narrower products, which are a practice."""
     said = (row.get("precision") or "").lower()
-    if said.startswith("fp32") or said.startswith("tf32"):
+    if said.startswith(("fp32", "tf32")):
         return "fp32"
-    return "fp16" if "fp16" in said and "bf16" not in said else "bf16"
+    is_half = ("fp16" in said and "bf16" not in said) or "bf16" not in cluster.accelerator.peak_flops
+    return "fp16" if is_half else "bf16"
 
 
 # --- how the software goes about it
@@ -256,23 +264,36 @@ def _precision(row: Row) -> Precision:
 def read_practice(row: Row, layout: Layout) -> Practice:
     flags = (row.get("other_flags") or "").lower()
     year = _optional(row, "year") or 2023
-    compiled = "xla" in flags or "jax" in flags or "torch.compile" in flags or "compile" in flags
+    compiled = "xla" in flags or "jax" in flags or ("compile" in flags and "no compile" not in flags)
     zero = (row.get("zero_stage") or "").lower()
     return Practice(
         loss=_loss(row, compiled),
         attention=_attention(row.get("attention_kernel") or "", year),
         fused_norms=compiled or "norm kernel" in flags or (row.get("gated_mlp") or "") != "yes" or year > 2023,
-        products="fp8" if "fp8" in (row.get("precision") or "").lower() else None,
-        overlaps_tensor=(not flags and year > 2024) or ("tp_comm_overlap" in flags and "no tp_comm_overlap" not in flags),
-        overlaps_dx="distributed" in zero or "fp8" in (row.get("precision") or "").lower() or "tp_comm" in flags,
-        overlaps_gradients="grad/param" in flags or "overlap" in flags or "fsdp" in zero or "deepspeed" in zero or year > 2023,
+        products=_products(row),
+        overlaps_tensor=(not flags and year > 2024)
+        or "async tp" in flags
+        or ("tp_comm_overlap" in flags and "no tp_comm_overlap" not in flags),
+        overlaps_dx="distributed" in zero or _products(row) is not None or "tp_comm" in flags,
+        overlaps_gradients="grad/param" in flags
+        or "overlap" in flags
+        or "fsdp" in zero
+        or "deepspeed" in zero
+        or year > 2023,
         overlaps_gathers="grad/param" in flags or "overlap" in flags or year > 2023,
         whole_recompute=True,
-        frozen=(row.get("workload") or "") == "lora",
+        frozen="lora" in (row.get("workload") or "").lower(),
         gradient_bytes=None if layout.zero == 3 and "pure" not in flags else 2,
         single_ring="deepspeed" in zero and year < 2023,
         compiled=compiled,
     )
+
+
+def _products(row: Row) -> str | None:
+    said = (row.get("precision") or "").lower()
+    if "fp4" in said:
+        return "fp4"
+    return "fp8" if "fp8" in said or "float8" in said else None
 
 
 def _loss(row: Row, compiled: bool) -> Loss:
@@ -281,7 +302,7 @@ def _loss(row: Row, compiled: bool) -> Loss:
     zero = (row.get("zero_stage") or "").strip().lower()
     if compiled or "fsdp" in zero:
         return "fused"
-    named = (row.get("schedule") or "").strip() or zero or "fp8" in (row.get("precision") or "").lower()
+    named = (row.get("schedule") or "").strip() or zero or _products(row)
     return "parallel" if named or (row.get("gated_mlp") or "").strip().lower() == "no" else "whole"
 
 

@@ -54,9 +54,7 @@ def with_gradients_of(program: Program, layout: Layout, size: int | None) -> Pro
     def resized(calls: tuple[Collective, ...]) -> tuple[Collective, ...]:
         return tuple(replace(c, bytes=c.bytes * size // own) for c in calls)
 
-    return replace(
-        program, gradient_reductions=resized(program.gradient_reductions), scatters=resized(program.scatters)
-    )
+    return replace(program, gradient_reductions=resized(program.gradient_reductions), scatters=resized(program.scatters))
 
 
 def _kept(piece: Piece, practice: Practice, model: Model, layout: Layout, tokens: int) -> Piece:

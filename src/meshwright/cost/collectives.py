@@ -42,7 +42,10 @@ class CollectiveTimes:
         steps, rate = WIRE_FACTOR[c.op] * (c.group_size - 1), self._ring_rate(c)
         quickest = self._quickest(c, constants.protocols, steps, wire, rate)
         if c.op == "all_reduce" and constants.in_switch and self.cluster.accelerator.scale_up.sums_in_switch:
-            base, gain = constants.in_switch.base_latency * self._latency_share(c), constants.in_switch.gain_of(c.group_size)
+            base, gain = (
+                constants.in_switch.base_latency * self._latency_share(c),
+                constants.in_switch.gain_of(c.group_size),
+            )
             quickest = min(quickest, base + wire / (gain * rate)) if gain > 1 else quickest
         return max(constants.floors.get(c.op, 0.0), quickest)
 
@@ -122,7 +125,9 @@ class CollectiveTimes:
             inside = min(inside, constants.p2p_share * links.pair_bandwidth * (self._members(c) - 1))
         if self.link(c) == "scale-up":
             return inside
-        outside = self.constants.network.plateau_share * self._line_rate(c) * (1 if self._is_single(c) else self._members(c))
+        outside = (
+            self.constants.network.plateau_share * self._line_rate(c) * (1 if self._is_single(c) else self._members(c))
+        )
         return min(inside, outside) if self._members(c) > 1 else outside
 
     def _is_single(self, c: Collective) -> bool:

@@ -185,7 +185,9 @@ class Estimator:
             return Quick(played.step_time_s, played.peak_bytes, played.fits)
         m = micro_batches(layout, self.workload)
         kinds = [(members[0], len(members)) for members in alike_stages(self.model, layout)]
-        pieces = [self._practised(stage_pieces(self.model, layout, self.workload.seq, Place(stage)), layout) for stage, _ in kinds]
+        pieces = [
+            self._practised(stage_pieces(self.model, layout, self.workload.seq, Place(stage)), layout) for stage, _ in kinds
+        ]
         alone = [
             self._passing(self.durations(p, layout, shared=False), *self._state(layout, stage).sharding)
             for p, (stage, _) in zip(pieces, kinds, strict=True)

@@ -37,7 +37,9 @@ class Kernels:
             return max(op.flops / self._matmul_rate(op.flops), moved)
         rate = self._matmul_rate(op.flops, products)
         processors = self.cluster.accelerator.processors
-        seconds = product_seconds(op, rate, processors, self.memory_bandwidth, self.constants) if processors else op.flops / rate
+        seconds = (
+            product_seconds(op, rate, processors, self.memory_bandwidth, self.constants) if processors else op.flops / rate
+        )
         return max(seconds, moved) + self._cast(op, products) + self._gap
 
     def _products(self, op: Gemm) -> str:
@@ -60,9 +62,11 @@ class Kernels:
             return self._written_scores(op)
         constants = self.constants
         shares = constants.attention[self.practice.attention]
-        share = (shares.backward if op.backward else shares.forward) * (shares.newer if "fp8" in self._peaks else 1.0)
+        share: float = (shares.backward if op.backward else shares.forward) * (
+            shares.newer if "fp8" in self._peaks else 1.0
+        )
         # A causal kernel computes whole blocks on the diagonal, and short sequences do not fill it.
-        length = op.length / op.share**0.5
+        length = op.length / math.sqrt(op.share)
         share *= length / (length + constants.attention_fill)
         return op.flops / (share * self._matmul_rate(op.flops)) + self._gap
 

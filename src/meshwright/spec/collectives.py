@@ -73,7 +73,13 @@ class LinkConstants(_Frozen):
 
     @model_validator(mode="after")
     def _every_figure_has_a_source(self) -> Self:
-        if missing := sorted(self.model_fields_set - {"sources"} - set(self.sources)):
+        fields = type(self).model_fields
+        given = {
+            name
+            for name in self.model_fields_set - {"sources"}
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        }
+        if missing := sorted(given - set(self.sources)):
             raise UserError(f"sources lacks {', '.join(missing)}")
         return self
 
