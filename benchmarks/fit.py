@@ -1,6 +1,6 @@
 """Fits the constants of kernels on published runs, and says how far they carry: each source is left out once.
 
-    python benchmarks/fit.py ROWS.csv [--leave-out SOURCE ...]
+    python benchmarks/fit.py ROWS.csv [--leave-out SOURCE ...] [--per-source N]
 
 The constants are one set for all models, accelerators and sources. Each starts from a published or plausible figure (START) and is
 moved up and down while that lowers the objective: the mean over sources of the median error, plus a part of the mean error, so that
@@ -125,26 +125,29 @@ def start() -> KernelConstants:
     return constants
 
 
-def thinned(rows: list[Row]) -> list[Row]:
-    return rows[:: -(-len(rows) // PER_SOURCE)]
+def thinned(rows: list[Row], most: int) -> list[Row]:
+    return rows[:: -(-len(rows) // most)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--leave-out", nargs="*", default=[], metavar="SOURCE")
+    parser.add_argument(
+        "--per-source", type=int, default=PER_SOURCE, help="rows of a source that take part (default %(default)s)"
+    )
     args = parser.parse_args()
     with args.rows.open(newline="") as file:
         sources = timed(list(csv.DictReader(file)))
     left_out = list(sources) if args.leave_out == ["all"] else args.leave_out
     for text in left_out:
-        rest = {name: thinned(rows) for name, rows in sources.items() if text not in name}
+        rest = {name: thinned(rows, args.per_source) for name, rows in sources.items() if text not in name}
         constants = fit(rest, start())
         for name in set(sources) - set(rest):
             off = [abs(e) for e in errors(sources[name], constants)]
             print(f"{name}: left out, median error {statistics.median(off):.1%} of {len(off)} rows", flush=True)
     if not left_out:
-        constants = fit({name: thinned(rows) for name, rows in sources.items()}, start())
+        constants = fit({name: thinned(rows, args.per_source) for name, rows in sources.items()}, start())
         for name in START:
             print(f"{name}: {get(constants, name):.3g}")
         for source, rows in sources.items():

@@ -22,9 +22,9 @@ def product_seconds(op: Gemm, rate: float, processors: int, memory_rate: float, 
     best = float("inf")
     for rows, columns, share in constants.tiles:
         tiles = _tiles(op, rows, columns)
-        for cut in _cuts(tiles, op.k, processors, constants.least_split):
+        for cut in _cuts(tiles, processors):
             waves = -(-tiles * cut // processors)
-            depth = op.k / cut + constants.tile_fill
+            depth = (max(op.k / cut, constants.least_split) if cut > 1 else op.k) + constants.tile_fill
             seconds = waves * 2.0 * rows * columns * depth / (each * share)
             if cut > 1:
                 seconds += cut * op.m * op.n * SUM_BYTES / memory_rate
@@ -36,9 +36,9 @@ def _tiles(op: Gemm, rows: int, columns: int) -> int:
     return op.groups * -(-(op.m // op.groups) // rows) * -(-op.n // columns)
 
 
-def _cuts(tiles: int, inner: int, processors: int, least: int) -> Iterator[int]:
-    yield 1
-    cut = 2
-    while tiles * cut <= 2 * processors and inner // cut >= least:
+def _cuts(tiles: int, processors: int) -> Iterator[int]:
+    """Into how many parts the inner dimension may be cut: no more than keep every processor busy twice."""
+    cut = 1
+    while cut == 1 or tiles * cut <= 2 * processors:
         yield cut
         cut *= 2
