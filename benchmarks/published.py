@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from meshwright.cost.estimate import Estimator, Quick
+from meshwright.cost.estimate import Estimator, Price
 from meshwright.spec.errors import UserError
 from meshwright.spec.kernels import KernelConstants
 from rows import Row, Run, read_run
@@ -46,16 +46,16 @@ class Predictor:
             "reason": "",
         }
 
-    def _price(self, run: Run) -> Quick:
+    def _price(self, run: Run) -> Price:
         key = (run.cluster.model_dump_json(), run.model, run.workload, run.practice)
         if key not in self._estimators:
             self._estimators[key] = Estimator(run.model, run.cluster, run.workload, run.practice, self._constants)
         estimator = self._estimators[key]
         estimator.check(run.layout)
-        price = estimator.quick(run.layout)
+        price = estimator.played(run.layout)
         if run.may_recompute and price.peak_bytes > CLEARLY_OVER * run.cluster.accelerator.memory_bytes:
             # The row does not say what is recomputed, and without it would not have run.
-            price = estimator.quick(replace(run.layout, recompute="full"))
+            price = estimator.played(replace(run.layout, recompute="full"))
         return price
 
 

@@ -9,10 +9,12 @@ e.mfu, e.tokens_per_s, e.as_dict()
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from meshwright.cost.economics import Bill
 from meshwright.cost.estimate import Estimate, Estimator
-from meshwright.planner.search import Plan
-from meshwright.planner.search import plan as search
+from meshwright.planner.bill import Terms, training_bill
+from meshwright.planner.stages import Balanced, balance_stages
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
@@ -22,6 +24,9 @@ from meshwright.spec.legality import check_world
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.workload import Workload
+
+if TYPE_CHECKING:
+    from meshwright.planner.search import Plan
 
 
 def estimate(
@@ -44,6 +49,28 @@ def estimate(
     return Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch)).estimate(parsed)
 
 
+def balance(*, model: str | Model, cluster: str | Cluster, layout: str | Layout, seq: int, global_batch: int) -> Balanced:
+    """Cut the pipeline of `layout` into stages of equal cost; arguments as in `estimate`."""
+    parsed = parse_layout(layout) if isinstance(layout, str) else layout
+    return balance_stages(Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch)), parsed)
+
+
+def bill(
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    layout: str | Layout,
+    seq: int,
+    global_batch: int,
+    tokens: float,
+    terms: Terms | None = None,
+) -> tuple[Estimate, Bill]:
+    """What a run of `tokens` costs under a layout; other arguments as in `estimate`."""
+    known_model, known_cluster = _model(model), _cluster(cluster)
+    priced = estimate(model=known_model, cluster=known_cluster, layout=layout, seq=seq, global_batch=global_batch)
+    return priced, training_bill(priced, known_model, known_cluster, tokens, terms)
+
+
 def plan(
     *,
     model: str | Model,
@@ -56,6 +83,8 @@ def plan(
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
     """Search for the quickest layout that fits; arguments as in `estimate`. `progress` gets the number priced so far."""
+    from meshwright.planner.search import plan as search  # the search alone needs NumPy
+
     if gpus < 1:
         raise UserError(f"gpus must be at least 1, got {gpus}")
     workload = Workload(seq, global_batch)

@@ -89,7 +89,6 @@ def test_it_answers_quickly(args: tuple[str, ...], limit: float, tries: int) -> 
 @pytest.mark.parametrize(
     "args",
     [
-        SMALL_PLAN,
         (*SMALL_ESTIMATE, "--json"),
         ("plan", "--help"),
         ("layout", "explain", "dp2 tp2"),
@@ -106,6 +105,13 @@ def test_the_planner_runs_where_torch_and_numpy_are_absent(args: tuple[str, ...]
         "main()"
     )
     done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+def test_the_search_runs_where_torch_is_absent() -> None:
+    program = "import sys; sys.modules.update(torch=None)\nfrom meshwright.cli.main import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", program, *SMALL_PLAN], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
 
@@ -137,7 +143,7 @@ def test_a_plan_for_people(run: Any) -> None:
     assert (said.status, said.err) == (0, "")
     for part in (
         "gpt2 on 4 x h100-superpod",
-        "legal layouts priced",
+        "legal layouts: ",
         "best and runners-up",
         "the obvious alternatives",
         "rests on",
@@ -217,7 +223,6 @@ def test_nothing_fits_is_an_answer_with_status_1(run: Any) -> None:
 PLANS: list[tuple[dict[str, str], tuple[str, ...]]] = [
     ({"model": "gtp2"}, ("unknown model 'gtp2'", "did you mean gpt2")),
     ({"model": "no/such/config.json"}, ("no/such/config.json: no such file",)),
-    ({"model": "mixtral-8x7b"}, ("mixtral-8x7b", "dense decoders")),
     ({"cluster": "h100"}, ("unknown cluster 'h100'", "h100-superpod", "YAML file")),
     ({"cluster": "no-such.yaml"}, ("no-such.yaml: no such file",)),
     ({"gpus": "0"}, ("gpus must be at least 1, got 0",)),

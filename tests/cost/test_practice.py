@@ -65,7 +65,7 @@ def test_frozen_weights_have_no_gradients() -> None:
     assert not [n for n in names(piece) if n.endswith(" dw")]
     assert [n for n in names(piece) if n.endswith(" dx")]
     work = Workload(SEQ, 64)
-    trained, frozen = (Estimator(MODEL, H100, work, Practice(frozen=f)).quick(layout) for f in (False, True))
+    trained, frozen = (Estimator(MODEL, H100, work, Practice(frozen=f)).played(layout) for f in (False, True))
     assert frozen.step_time_s < 0.8 * trained.step_time_s
     assert frozen.peak_bytes < trained.peak_bytes - 8e9  # 16 bytes a parameter of 2 x 10^9, less what is cut over ranks
 

@@ -136,4 +136,6 @@ MORE_LAYOUTS = (
     "cp4:ring2xulysses2 mb4",
     "dp2 cp2:ring tp2:sp mb2",
     "dp2:zero3 cp2 pp2:zb-h1 mb1",
+    "dp2 pp2 mb1 stages:3-1",
+    "tp2:sp pp2:zb-h1 mb2 stages:1-3",
 )

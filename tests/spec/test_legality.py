@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.errors import UserError
-from meshwright.spec.huggingface import load_model
 from meshwright.spec.legality import (
     check_layout,
     check_room,
     check_world,
     micro_batches,
     refuse_unbuilt,
-    refuse_unbuilt_model,
     refuse_unrunnable_model,
 )
 from meshwright.spec.model import Model, Rope
@@ -213,16 +211,8 @@ def test_a_mode_that_is_built_is_not(layout: str) -> None:
     refuse_unbuilt(parse_layout(layout))
 
 
-@pytest.mark.parametrize("name", ["mixtral-8x7b", "deepseek-v3", "gpt-oss-20b"])
-def test_a_model_that_can_only_be_counted_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=rf"^{name} .*dense decoders"):
-        refuse_unbuilt_model(load_model(name))
-    refuse_unbuilt_model(MODEL)
-
-
 def test_a_rotary_rule_that_the_engine_does_not_know_can_be_priced_but_not_run() -> None:
     unknown = replace(MODEL, rope=Rope(scaling="longrope"))
-    refuse_unbuilt_model(unknown)
     with pytest.raises(UserError, match=r"^m: rotary scaling 'longrope'.*legal: none, llama3, yarn$"):
         refuse_unrunnable_model(unknown)
     refuse_unrunnable_model(replace(MODEL, rope=Rope(llama3=(8.0, 1.0, 4.0, 32))))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from meshwright.cli.shared import AsJson, print_json, show
+from meshwright.cli.shared import AsJson, Cluster, GlobalBatch, Model, Seq, print_json, show
 
 app = typer.Typer(help="Work with layouts.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -34,3 +34,23 @@ def grammar() -> None:
 
     print(GRAMMAR)
     print(f"\nfor example: {EXAMPLE}")
+
+
+@app.command()
+def balance(
+    layout: Annotated[str, typer.Argument(help='One line with a pipeline, such as "dp8 pp4 mb1".')],
+    model: Model,
+    cluster: Cluster,
+    seq: Seq,
+    global_batch: GlobalBatch,
+    json: AsJson = False,
+) -> None:
+    """Cut the pipeline into stages of equal cost instead of equal depth."""
+    from meshwright.api import balance as cut
+    from meshwright.report.stages import balanced_dict, balanced_report
+
+    balanced = cut(layout=layout, model=model, cluster=cluster, seq=seq, global_batch=global_batch)
+    if json:
+        print_json(balanced_dict(balanced))
+    else:
+        show(balanced_report(balanced))

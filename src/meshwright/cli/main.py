@@ -7,7 +7,7 @@ import sys
 import typer
 
 from meshwright import __version__
-from meshwright.cli import bench, catalogue, compare, estimate, layout, plan, train, verify
+from meshwright.cli import bench, catalogue, compare, cost, estimate, layout, plan, train, verify
 from meshwright.spec.errors import UserError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
 app.command("models")(catalogue.models)
 app.command("clusters")(catalogue.clusters)
+app.add_typer(cost.app, name="cost")
 app.add_typer(layout.app, name="layout")
 
 

@@ -11,12 +11,12 @@ from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops_per_token
 from meshwright.cost.kernels import Kernels
 from meshwright.cost.memory import StageMemory, passing_bytes, stage_memory, state_bytes
-from meshwright.cost.ops import Attention, Collective, Elementwise, Gemm, Op, Piece, Under
+from meshwright.cost.ops import PART, Attention, Collective, Elementwise, Gemm, Op, Piece, Under
 from meshwright.cost.practice import OWN, Practice
-from meshwright.cost.program import Pieces, Place, Program, boundary, rank_program, stage_pieces
-from meshwright.cost.timeline import ChunkSeconds, Timeline, play
+from meshwright.cost.program import Pieces, Place, Program, boundary, chunk_pieces, rank_program
+from meshwright.cost.timeline import ChunkSeconds, Timeline, play, play_end
 from meshwright.cost.traffic import step_collectives
-from meshwright.schedule.orders import layout_order, peak_in_flight
+from meshwright.schedule.orders import layout_order, wound_order
 from meshwright.schedule.stages import alike_stages
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.collectives import load_collective_constants
@@ -99,8 +99,8 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Quick:
-    """A closed-form price."""
+class Price:
+    """Of a layout, without its tables."""
 
     step_time_s: float
     peak_bytes: int
@@ -160,56 +160,53 @@ class Estimator:
     def estimate(self, layout: Layout) -> Estimate:
         """Price `layout` by playing its schedule. Raises UserError for a layout that cannot be run."""
         self.check(layout)
-        schedule = layout_order(layout, micro_batches(layout, self.workload))
+        m = micro_batches(layout, self.workload)
+        schedule, wound = layout_order(layout, m), wound_order(layout.schedule, layout.pp, m, layout.chunks)
         kinds = [(members[0], len(members)) for members in alike_stages(self.model, layout)]
         programs = self._programs(layout)
         memory = tuple(stage_memory(p, layout, schedule, stage, self.overhead) for stage, p in enumerate(programs))
         send = self.send_seconds(layout)
         alone = [self._passing(self.durations(p.pieces, layout, shared=False), *self._sharding(p)) for p in programs]
         floor = self._shared_floor(layout, [(programs[stage].pieces, count) for stage, count in kinds])
-        timeline = play(schedule, [self._chunk_seconds(p, layout) for p in programs], send)
+        timeline = play(schedule, [self._chunk_seconds(p, layout) for p in programs], send, wound)
         end = max(self._step_end(p, layout, d) for p, d in zip(programs, alone, strict=True))
         step = max(timeline.end, floor) + end
         # Between fill and drain a send runs beside computation; filling and draining wait for one hop a stage each.
         costs = self._collective_costs(programs, layout, alone, exposed_sends=2 * (layout.pp - 1) * send)
         compute = max(d.compute for d in alone) * schedule.micro_batches
-        kernels = self._kernels(layout, shared=True)
+        kernels = self.kernels(layout, shared=True)
         optimizer = max(kernels.elementwise(p.optimizer) for p in programs)
         return self._result(layout, step, timeline, memory, costs, {"compute": compute, "optimizer": optimizer})
 
-    def quick(self, layout: Layout) -> Quick:
-        """Time by closed form, for ranking candidates: all as in `estimate`, but that no schedule is played where a closed form
-        for it is known."""
-        if layout.schedule not in ("gpipe", "1f1b", "interleaved"):
-            played = self.estimate(layout)
-            return Quick(played.step_time_s, played.peak_bytes, played.fits)
+    def played(self, layout: Layout) -> Price:
+        """Step time and peak as in `estimate`, without its tables: for pricing many layouts."""
         m = micro_batches(layout, self.workload)
-        kinds = [(members[0], len(members)) for members in alike_stages(self.model, layout)]
-        pieces = [
-            self._practised(stage_pieces(self.model, layout, self.workload.seq, Place(stage)), layout) for stage, _ in kinds
-        ]
-        alone = [
-            self._passing(self.durations(p, layout, shared=False), *self._state(layout, stage).sharding)
-            for p, (stage, _) in zip(pieces, kinds, strict=True)
-        ]
-        hop = self.send_seconds(layout)
-        each = [d.forward + d.backward for d, (_, count) in zip(alone, kinds, strict=True) for _ in range(count)]
-        if layout.schedule == "interleaved":
-            # Filling and draining pass one chunk of each stage, and a hop lies between any two chunks (arXiv 2104.04473, 2.2.2).
-            pipeline = m * max(each) + (sum(each) - max(each)) / layout.chunks + 2 * (layout.pp - 1) * hop
-        else:
-            pipeline = (m - 1) * _pace(layout, each, hop, m) + sum(each) + 2 * (layout.pp - 1) * hop
-        floor = self._shared_floor(layout, [(p, count) for p, (_, count) in zip(pieces, kinds, strict=True)])
-        end = peak = 0.0
-        for p, d, (stage, _) in zip(pieces, alone, kinds, strict=True):
-            state = self._state(layout, stage)
-            sent = sum(c.bytes for c in boundary(self.model, layout, self.workload.seq, stage))
-            saved = sum(piece.saved_bytes * repeat for piece, repeat in p)
-            chunks = peak_in_flight(layout.schedule, stage, layout.pp, m, layout.chunks)
-            held = passing_bytes(p, saved * chunks // layout.chunks, sent)
-            end = max(end, self._exposed_reduction(state.reductions, d) + state.rest)
-            peak = max(peak, state.bytes + sum(held.values()) + self.overhead)
-        return Quick(max(pipeline, floor) + end, int(peak), peak <= self.cluster.accelerator.memory_bytes)
+        schedule = layout_order(layout, m)
+        turns = wound_order(layout.schedule, layout.pp, m, layout.chunks)
+        seconds: list[list[ChunkSeconds]] = [[] for _ in range(layout.pp)]
+        end = peak = floor = 0.0
+        for members in alike_stages(self.model, layout):
+            state = self._state(layout, members[0])
+            its = chunk_pieces(self.model, layout, self.workload.seq, Place(members[0]))
+            chunks = tuple(self._practised(chunk, layout) for chunk in its)
+            pieces = tuple(piece for chunk in chunks for piece in chunk)
+            each = [
+                self._passing(self.durations(c, layout, shared=False), *(s / len(chunks) for s in state.sharding))
+                for c in chunks
+            ]
+            whole = self._passing(self.durations(pieces, layout, shared=False), *state.sharding)
+            end = max(end, self._exposed_reduction(state.reductions, whole) + state.rest)
+            saved = [sum(piece.saved_bytes * repeat for piece, repeat in chunk) for chunk in chunks]
+            for stage in members:
+                seconds[stage] = [ChunkSeconds(d.forward, d.backward, d.weight) for d in each]
+                sent = sum(c.bytes for c in boundary(self.model, layout, self.workload.seq, stage))
+                passing = passing_bytes(pieces, schedule.peak(stage, saved), sent)
+                peak = max(peak, state.bytes + sum(passing.values()) + self.overhead)
+            if self.cluster.node.compute_slots is not None:
+                busy = self.durations(pieces, layout, shared=True)
+                floor += (busy.forward + busy.backward) * len(members) * m / layout.pp
+        step = max(play_end(turns, seconds, self.send_seconds(layout)), floor if layout.world > 1 else 0.0) + end
+        return Price(step, int(peak), peak <= self.cluster.accelerator.memory_bytes)
 
     def _state(self, layout: Layout, stage: int) -> _State:
         """What a stage's parameters cost, whatever the micro-batch: layouts that share it plan their buckets once."""
@@ -257,11 +254,11 @@ class Estimator:
         refuse_unbuilt(layout)
         check_layout(layout, self.model, self.workload)
         check_room(layout, self.cluster)
-        _ = self._kernels(layout, shared=False).peak_flops
+        _ = self.kernels(layout, shared=False).peak_flops
 
     def durations(self, pieces: Pieces, layout: Layout, *, shared: bool) -> Durations:
         """One micro-batch through `pieces`; `shared` when all ranks of a node compute at once."""
-        kernels = self._kernels(layout, shared=shared)
+        kernels = self.kernels(layout, shared=shared)
         each = [(self._piece_durations(piece, kernels, shared), repeat) for piece, repeat in pieces]
         return Durations(*(sum(getattr(d, name) * repeat for d, repeat in each) for name in Durations.__slots__))
 
@@ -295,15 +292,15 @@ class Estimator:
         busy = [(self.durations(pieces, layout, shared=True), count) for pieces, count in stages]
         return micro_batches(layout, self.workload) * sum((d.forward + d.backward) * count for d, count in busy) / layout.pp
 
-    def _kernels(self, layout: Layout, *, shared: bool) -> Kernels:
+    def kernels(self, layout: Layout, *, shared: bool) -> Kernels:
         active = min(layout.world, self.cluster.node.accelerators) if shared else 1
         return Kernels(self.cluster, layout.precision, active, self.practice, self.constants)
 
     def _piece_durations(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
         key = (id(piece), shared)
         if key not in self._seconds:
-            again = is_recomputed(piece)
-            forward, backward = (self._run(ops, kernels, again) for ops in (piece.forward, piece.backward))
+            host = [self._host_seconds(piece, ops, kernels) for ops in (piece.forward, piece.backward)]
+            forward, backward = self._run(piece.forward, kernels, host[0]), self._run(piece.backward, kernels, host[1])
             # The piece is kept beside its price, so that its id is not used again.
             self._seconds[key] = (
                 piece,
@@ -316,8 +313,12 @@ class Estimator:
             )
         return self._seconds[key][1]
 
-    def _run(self, ops: tuple[Op, ...], kernels: Kernels, recomputed: bool) -> tuple[float, float]:
-        """(seconds of computation, seconds of exposed communication) of `ops` in order.
+    def _host_seconds(self, piece: Piece, ops: tuple[Op, ...], kernels: Kernels) -> float:
+        # Bounds add up parts of a layer: what one part waits for the host, another may compute.
+        return 0.0 if piece.name == PART else kernels.host_seconds(ops, is_recomputed(piece))
+
+    def _run(self, ops: tuple[Op, ...], kernels: Kernels, host: float) -> tuple[float, float]:
+        """(seconds of computation, seconds of exposed communication) of `ops` in order. `host`: seconds of starting them.
 
         The host launches kernels while earlier ones run: where all of them take less than the launches, those are what lasts.
         """
@@ -335,7 +336,7 @@ class Estimator:
                 work = self._work(op, kernels)
                 compute += work
                 exposed += self._exposed(op, work)
-        return max(compute, kernels.host_seconds(ops, recomputed) - exposed), exposed
+        return max(compute, host - exposed), exposed
 
     def _exposed_in_line(self, op: Collective) -> float:
         """Seconds of a collective between two products, of which all but a part can run in pieces beside them."""
@@ -372,7 +373,7 @@ class Estimator:
             return 0.0
         hidden = ("all_gather",) if self.practice.overlaps_gathers and self.times.hides else ()
         sent = sum(self.times.seconds(c) for c in program.step_end if c.op not in hidden)
-        return sent + self._kernels(layout, shared=True).elementwise(program.optimizer)
+        return sent + self.kernels(layout, shared=True).elementwise(program.optimizer)
 
     def _exposed_reduction(self, reductions: Sequence[float], d: Durations) -> float:
         """All but the last bucket can run under the last micro-batch's backward."""
@@ -403,7 +404,7 @@ class Estimator:
 
     def _hidden_by_kind(self, program: Program, layout: Layout, d: Durations, m: int) -> dict[tuple[str, str, int], float]:
         """Seconds of communication that run under computation, by (axis, op, group size)."""
-        kernels = self._kernels(layout, shared=False)
+        kernels = self.kernels(layout, shared=False)
         hidden: dict[tuple[str, str, int], float] = {}
         for piece, repeat in program.pieces:
             for op in (*piece.forward, *piece.backward):
@@ -412,6 +413,13 @@ class Estimator:
                     gained = self.times.seconds(c) - self._exposed(op, self._work(op, kernels))
                     key = (c.axis, c.op, c.group_size)
                     hidden[key] = hidden.get(key, 0.0) + gained * repeat * m
+        bare = self.durations(program.pieces, layout, shared=False)
+        for calls, work in ((program.gathers[0], bare.forward), ((*program.gathers[1], *program.scatters), bare.backward)):
+            together = sum(self.times.seconds(c) for c in calls)
+            share = min(1.0, work / together) if together and self.times.hides else 0.0
+            for c in calls:
+                key = (c.axis, c.op, c.group_size)
+                hidden[key] = hidden.get(key, 0.0) + self.times.seconds(c) * share * m
         reductions = [self.times.seconds(c) for c in program.gradient_reductions]
         if reductions:
             c = program.gradient_reductions[0]
@@ -427,7 +435,7 @@ class Estimator:
         costs: tuple[CollectiveCost, ...],
         work: dict[str, float],
     ) -> Estimate:
-        kernels = self._kernels(layout, shared=False)
+        kernels = self.kernels(layout, shared=False)
         limit = self.cluster.accelerator.memory_bytes
         mfu = self.workload.tokens * self.flops / (step * layout.world * kernels.peak_flops)
         exposed: dict[str, float] = {}
@@ -455,17 +463,6 @@ class Estimator:
             },
             timeline=timeline,
         )
-
-
-def _pace(layout: Layout, stages: Sequence[float], hop: float, m: int) -> float:
-    """Seconds between two micro-batches: of the slowest stage; under 1F1B a stage, k before the end, also waits until one of the k
-    micro-batches that it may hold has been to the end and back."""
-    pace, tail = max(stages), 0.0
-    for k, seconds in enumerate(reversed(stages), start=1):
-        tail += seconds
-        if layout.schedule == "1f1b" and k < m:
-            pace = max(pace, (tail + 2 * (k - 1) * hop) / k)
-    return pace
 
 
 def estimate(model: Model, cluster: Cluster, workload: Workload, layout: Layout) -> Estimate:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from meshwright.schedule.actions import Action, Kind, Schedule
-from meshwright.schedule.clock import run_clock, source_of
+from meshwright.schedule.clock import Waits, run_clock, source_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Span:
     end: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Timeline:
     spans: tuple[Span, ...]
     stages: int
@@ -51,7 +52,14 @@ class Timeline:
 
     def busy(self, stage: int) -> float:
         """Seconds in which the stage computes."""
-        return sum(span.end - span.start for span in self.spans if span.stage == stage)
+        return self._busy[stage]
+
+    @cached_property
+    def _busy(self) -> list[float]:
+        out = [0.0] * self.stages
+        for span in self.spans:
+            out[span.stage] += span.end - span.start
+        return out
 
     def idle(self, stage: int) -> float:
         """Seconds in which the stage waits between its first computation and its last.
@@ -67,16 +75,39 @@ class Timeline:
         return 1 - sum(self.busy(stage) for stage in range(self.stages)) / (self.stages * self.end)
 
 
-def play(schedule: Schedule, seconds: Sequence[Sequence[ChunkSeconds]], send: float) -> Timeline:
+def play(
+    schedule: Schedule,
+    seconds: Sequence[Sequence[ChunkSeconds]],
+    send: float,
+    wound: Sequence[Waits] | None = None,
+) -> Timeline:
     """`seconds[stage][chunk]` of one micro-batch; `send` seconds from a stage to another.
 
     Sends do not hold up the sender; a computation waits for the arrival of its input. What a stage hands over to itself is there
     at once.
     """
-    turns = run_clock(schedule, lambda stage, action: seconds[stage][action.chunk].of(action.kind), send)
+    turns = run_clock(schedule, lambda stage, action: seconds[stage][action.chunk].of(action.kind), send, wound)
     return Timeline(
         tuple(Span(stage, a.kind, a.micro_batch, a.chunk, start, end) for stage, a, start, end in turns), schedule.stages
     )
+
+
+def play_end(turns: Sequence[Waits], seconds: Sequence[Sequence[ChunkSeconds]], send: float) -> float:
+    """When the last computation of a wound schedule ends: `Timeline.end` without the timeline."""
+    lasts = [[{kind: chunk.of(kind) for kind in _asked(chunk)} for chunk in chunks] for chunks in seconds]
+    clock, ends = [0.0] * len(seconds), list[float]()
+    for stage, action, source, travels in turns:
+        start = clock[stage]
+        if source >= 0:
+            start = max(start, ends[source] + send if travels else ends[source])
+        clock[stage] = end = start + lasts[stage][action.chunk][action.kind]
+        ends.append(end)
+    return max(clock)
+
+
+def _asked(chunk: ChunkSeconds) -> tuple[Kind, ...]:
+    whole = (Kind.FORWARD, Kind.BACKWARD)
+    return whole if chunk.weight is None else (*whole, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 
 
 def lockstep_utilisation(schedule: Schedule) -> list[float]:

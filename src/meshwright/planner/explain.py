@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from meshwright.cost.estimate import Estimate, Quick
+from meshwright.cost.estimate import Estimate
 from meshwright.spec.layout import Layout
 
-AXIS_NAMES = {"tp": "tensor-parallel", "dp": "data-parallel", "pp": "pipeline", "cp": "context-parallel"}
+AXIS_NAMES = {
+    "tp": "tensor-parallel",
+    "dp": "data-parallel",
+    "pp": "pipeline",
+    "cp": "context-parallel",
+    "ep": "expert",
+    "etp": "expert tensor",
+    "edp": "expert data",
+}
 GIB = 2**30
 SAME = 5e-4
 """Share of the step below which two layouts are called equally quick."""
@@ -28,29 +38,37 @@ def reason_against(estimate: Estimate, best: Estimate | None) -> str:
     return f"-{loss:.1%} tokens/s: {_main_difference(estimate, best)}"
 
 
-def alternatives(best: Layout, priced: Sequence[tuple[Layout, Quick]], domain: int) -> Iterator[tuple[str, Layout]]:
-    """The quickest of each obvious kind (those that fit first) unless the best is of that kind itself."""
-    kinds: list[tuple[str, Callable[[Layout], bool]]] = [
-        ("data parallel alone", lambda x: x.tp == 1 and x.pp == 1),
-        ("no tensor parallel", lambda x: x.tp == 1),
-        (f"tensor parallel fills the domain (tp{domain})", lambda x: x.tp == domain > 1),
-        (f"tensor parallel across domains (tp{2 * domain})", lambda x: x.tp == 2 * domain),
-        ("no pipeline", lambda x: x.pp == 1),
-        ("pipeline without data parallel", lambda x: x.pp > 1 and x.dp == 1),
-        ("no sequence parallel", lambda x: x.tp > 1 and not x.sp),
-        ("no ZeRO", lambda x: x.dp > 1 and x.zero == 0),
-        ("full recompute", lambda x: x.recompute == "full"),
-        ("no recompute", lambda x: x.recompute == "none"),
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Layouts that a person would try. `columns` reads the same fields of one layout and of all combinations of a space."""
+
+    columns: Callable[[Any], Any] = lambda x: x.dp > 0
+    leaf: Callable[[Any], bool] = lambda x: True
+    """Of the schedule and the ZeRO stage."""
+
+    def holds(self, layout: Layout) -> bool:
+        return bool(self.columns(layout)) and self.leaf(layout)
+
+
+def kinds_of(domain: int) -> list[tuple[str, Kind]]:
+    """The obvious ones on scale-up domains of `domain` ranks, by name."""
+    return [
+        ("data parallel alone", Kind(lambda x: (x.tp == 1) & (x.pp == 1) & (x.cp == 1))),
+        ("no tensor parallel", Kind(lambda x: x.tp == 1)),
+        (f"tensor parallel fills the domain (tp{domain})", Kind(lambda x: (x.tp == domain) & (x.tp > 1))),
+        (f"tensor parallel across domains (tp{2 * domain})", Kind(lambda x: x.tp == 2 * domain)),
+        ("no pipeline", Kind(lambda x: x.pp == 1)),
+        ("pipeline without data parallel", Kind(lambda x: (x.pp > 1) & (x.dp == 1))),
+        ("plain 1F1B", Kind(lambda x: x.pp > 1, lambda x: x.schedule == "1f1b")),
+        ("no context parallel", Kind(lambda x: x.cp == 1)),
+        ("experts whole on every rank", Kind(lambda x: (x.ep == 1) & (x.etp == 1))),
+        ("experts over more than a domain", Kind(lambda x: x.ep * x.etp > domain)),
+        ("no sequence parallel", Kind(lambda x: (x.tp > 1) & (x.sp == 0))),
+        ("no ZeRO", Kind(lambda x: x.dp > 1, lambda x: x.zero == 0)),
+        ("ZeRO-3", Kind(lambda x: x.dp > 1, lambda x: x.zero == 3)),
+        ("full recompute", Kind(lambda x: x.recompute == "full")),
+        ("no recompute", Kind(lambda x: x.recompute == "none")),
     ]
-    seen = {best}
-    for name, is_kind in kinds:
-        if is_kind(best):
-            continue
-        members = [(layout, quick) for layout, quick in priced if is_kind(layout)]
-        layout = min(members, key=lambda item: (not item[1].fits, item[1].step_time_s), default=(None,))[0]
-        if layout is not None and layout not in seen:
-            seen.add(layout)
-            yield name, layout
 
 
 def _main_difference(estimate: Estimate, best: Estimate) -> str:

@@ -1,26 +1,42 @@
-"""Search for the best layout: the whole legal space by closed form, then the schedule played for those that lead."""
+"""Search for the best layout: the whole legal space, best first.
+
+Every combination of a space has a bound that costs almost nothing; the best of them get a tighter one for each schedule and
+sharding (`bounds.py`); the best of those are priced in full, their schedule played. What is left when no bound is below the best
+step found is cut: it cannot hold the optimum.
+"""
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from meshwright.cost.estimate import Estimate, Estimator, Quick
-from meshwright.planner.explain import alternatives, reason_against
+import numpy as np
+
+from meshwright.cost.estimate import Estimate, Estimator, Price
+from meshwright.planner.bounds import Bounds, ClosedForm
+from meshwright.planner.explain import Kind, kinds_of, reason_against
+from meshwright.planner.space import Bools, Floats, Ints, Space, legal_space
+from meshwright.planner.tables import make_tables
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout, Precision
-from meshwright.spec.legality import check_layout, refuse_unbuilt, refuse_unbuilt_model
+from meshwright.spec.legality import check_layout, check_room, refuse_unbuilt
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
-MAX_MICRO_BATCH = 16
-"""Sequences. Larger ones only add memory: the GEMMs of 16 sequences of any length worth training on are large."""
-PLAYED = 6
-"""Leaders whose schedule is played in full; the closed form differs only for some short pipelines, by a few per cent."""
+FIRST_BLOCK = 4096
+"""Combinations that get their tighter bounds at once; each further block is twice as large."""
+PLAYED, CLOSE = 48, 5e-3
+"""Once so many layouts have been played, one that by its bound could be quicker by no more than this share is not played."""
+MOST_PLAYED, SMALL_SPACE = 256, 4096
+"""Layouts played at most, in spaces that have more than so many. What the bounds still leave in doubt is the answer's `gap`."""
+PER_KIND, MOST_PER_KIND = 2048, 8192
+"""Combinations of each obvious kind that are looked at together, and in all."""
+PLAYED_PER_KIND = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +60,14 @@ class Plan:
     alternatives: tuple[tuple[str, Candidate], ...]
     """What people would try first, each with the reason why it loses."""
     searched: int
+    """Legal layouts."""
+    priced: int
+    """Those whose own bound was computed; the others' combinations were cut before."""
     fitting: int
+    """Of those priced."""
+    played: int
+    gap: float
+    """How much quicker a layout that was not played could be than the best, by its bound; 0: none can be."""
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -53,7 +76,10 @@ class Plan:
             "candidates": [c.as_dict() for c in self.candidates],
             "alternatives": [{"name": name, **c.as_dict()} for name, c in self.alternatives],
             "searched": self.searched,
+            "priced": self.priced,
             "fitting": self.fitting,
+            "played": self.played,
+            "gap": self.gap,
             "seconds": self.seconds,
         }
 
@@ -75,73 +101,206 @@ def plan(
     began = time.perf_counter()
     refuse_unbuilt(Layout(precision=precision))
     check_layout(Layout(), model, workload)  # what one rank cannot run, no split can
-    refuse_unbuilt_model(model)
-    estimator = Estimator(model, cluster, workload)
-    priced: list[tuple[Layout, Quick]] = []
-    for layout in legal_layouts(model, workload, gpus, precision):
-        priced.append((layout, estimator.quick(layout)))
-        if progress:
-            progress(len(priced))
-    if not priced:
+    check_room(Layout(dp=gpus), cluster)
+    space = legal_space(model, workload, gpus, precision, cluster.fabric.domain)
+    if not len(space.local):
         raise _nothing_legal(model, workload, gpus)
-    priced.sort(key=lambda item: item[1].step_time_s)
-    fitting = [item for item in priced if item[1].fits]
-    # Only what fits when played leads: should one not, the next takes its place.
-    played = (estimator.estimate(layout) for layout, _ in fitting)
-    leaders = sorted(islice((e for e in played if e.fits), max(PLAYED, top)), key=lambda e: e.step_time_s)
+    search = _Search(space, Estimator(model, cluster, workload), progress)
+    search.run(top)
+    leaders = search.leaders(top)
     if not leaders:
-        nearest = estimator.estimate(min(priced, key=lambda item: item[1].peak_bytes)[0])
-        lone = Candidate(nearest, reason_against(nearest, None))
-        return Plan(None, (lone,), (), len(priced), 0, time.perf_counter() - began)
+        nearest = search.nearest()
+        return search.answer(None, (Candidate(nearest, reason_against(nearest, None)),), (), began)
     best = Candidate(leaders[0], "the quickest layout that fits")
-    runners_up = [Candidate(e, reason_against(e, best.estimate)) for e in leaders[1:top]]
-    others = []
-    for name, layout in alternatives(best.estimate.layout, priced, cluster.fabric.domain):
-        estimate = estimator.estimate(layout)
-        others.append((name, Candidate(estimate, reason_against(estimate, best.estimate))))
-    return Plan(best, (best, *runners_up), tuple(others), len(priced), len(fitting), time.perf_counter() - began)
+    runners_up = [Candidate(e, reason_against(e, best.estimate)) for e in leaders[1:]]
+    others = [
+        (name, Candidate(e, reason_against(e, best.estimate))) for name, e in search.alternatives(best.estimate.layout)
+    ]
+    return search.answer(best, (best, *runners_up), tuple(others), began)
 
 
-def legal_layouts(model: Model, workload: Workload, gpus: int, precision: Precision) -> Iterator[Layout]:
-    """Every layout of dp, tp, pp that fills `gpus` ranks and divides the model and the batch, with its modes.
+def legal_layouts(space: Space) -> Iterator[Layout]:
+    """Every layout of the space, once: for small ones."""
+    for at in range(len(space.local)):
+        for pipeline in space.pipelines(int(space.pp[at])):
+            if space.runs(pipeline, np.array([at]))[0]:
+                for sharding in space.shardings:
+                    if space.can_shard(sharding, np.array([at]))[0]:
+                        yield space.layout(at, pipeline, sharding)
 
-    GPipe is left out: its bubble is that of 1F1B and its memory never less.
-    """
-    for tp in divisors(gpus):
-        for pp in divisors(gpus // tp):
-            dp = gpus // tp // pp
-            if pp > model.layers or workload.global_batch % dp:
+
+class _Search:
+    def __init__(self, space: Space, estimator: Estimator, progress: Callable[[int], None] | None):
+        self.space, self.estimator, self.progress = space, estimator, progress
+        self.closed = ClosedForm(space, estimator, make_tables(space, estimator))
+        self.limit = estimator.cluster.accelerator.memory_bytes
+        self.played: dict[Layout, Price] = {}
+        self.priced = self.fitting = 0
+        self.gap = 0.0
+        self.bounds: list[Bounds] = []
+        self.seen = np.zeros(len(space.local), dtype=bool)
+        """Combinations that `bounds` has."""
+
+    def run(self, top: int) -> None:
+        """Play layouts in the order of their bounds until none can be quicker than the best, and at least `top` have been."""
+        least = self.closed.least_seconds
+        order = np.argsort(least, kind="stable")
+        queue = _Queue()
+        start, block, fit = 0, FIRST_BLOCK, 0
+        small = self.space.size() <= SMALL_SPACE
+        most = SMALL_SPACE if small else MOST_PLAYED
+        best = float("inf")
+        while True:
+            enough = best * (1 - CLOSE) if len(self.played) >= PLAYED and fit >= top and not small else best
+            unseen = float(least[order[start]]) if start < len(order) else float("inf")
+            if unseen < min(queue.least, enough):
+                queue.add(*self._block(order[start : start + block], enough))
+                start, block = start + block, 2 * block
                 continue
-            base = Layout(dp=dp, tp=tp, pp=pp, precision=precision)
-            if _illegal(base, model, workload):
+            if queue.least == float("inf") or len(self.played) >= most or (queue.least >= enough and fit >= top):
+                self.gap = max(0.0, 1 - min(queue.least, unseen) / best) if best < float("inf") else 0.0
+                return
+            number, index = queue.pop()
+            quick = self._play(self._layout(self.bounds[number], index))
+            if quick.fits:
+                best, fit = min(best, quick.step_time_s), fit + 1
+
+    def leaders(self, top: int) -> list[Estimate]:
+        """The quickest that fit, priced with all their tables."""
+        fitting = sorted((quick.step_time_s, str(layout), layout) for layout, quick in self.played.items() if quick.fits)
+        return [self.estimator.estimate(layout) for _, _, layout in fitting[:top]]
+
+    def nearest(self) -> Estimate:
+        """What needs least memory, where nothing fits."""
+        best: Estimate | None = None
+        for bounds in self.closed.price(np.arange(len(self.space.local))):
+            at = int(np.argmin(bounds.bytes))
+            if best is None or bounds.bytes[at] < best.peak_bytes:
+                e = self.estimator.estimate(self.space.layout(int(bounds.at[at]), bounds.pipeline, bounds.sharding))
+                if best is None or e.peak_bytes < best.peak_bytes:
+                    best = e
+        assert best is not None
+        return best
+
+    def alternatives(self, best: Layout) -> Iterator[tuple[str, Estimate]]:
+        """The best of each obvious kind (those that fit first), unless the best of all is of that kind itself."""
+        seen = {best}
+        for name, kind in kinds_of(self.estimator.cluster.fabric.domain):
+            if not kind.holds(best):
+                found = self._best_of(kind)
+                if found is not None and found.layout not in seen:
+                    seen.add(found.layout)
+                    yield name, found
+
+    def answer(
+        self,
+        best: Candidate | None,
+        candidates: tuple[Candidate, ...],
+        alternatives: tuple[tuple[str, Candidate], ...],
+        began: float,
+    ) -> Plan:
+        counts = (self.space.size(), self.priced, self.fitting, len(self.played))
+        return Plan(best, candidates, alternatives, *counts, self.gap, time.perf_counter() - began)
+
+    def _block(self, at: Ints, best: float) -> tuple[Floats, Ints, Ints]:
+        """What of the combinations `at` fits and may be quicker than `best`: its bound, the number of its `Bounds`, its index there."""
+        self.seen[at] = True
+        seconds, numbers, indices = [np.empty(0)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for bounds in self.closed.price(np.sort(at)):
+            fits = bounds.bytes <= self.limit
+            self.priced += len(fits)
+            self.fitting += int(fits.sum())
+            its = np.flatnonzero(fits & (bounds.seconds < best))
+            seconds.append(bounds.seconds[its])
+            numbers.append(np.full(len(its), len(self.bounds)))
+            indices.append(its)
+            self.bounds.append(bounds)
+            if self.progress:
+                self.progress(self.priced)
+        return np.concatenate(seconds), np.concatenate(numbers), np.concatenate(indices)
+
+    def _play(self, layout: Layout) -> Price:
+        if layout not in self.played:
+            self.played[layout] = self.estimator.played(layout)
+        return self.played[layout]
+
+    def _best_of(self, kind: Kind) -> Estimate | None:
+        """The quickest that fits, by the bounds, of those already priced and of others of the kind as far as they may be quicker; if
+        none does, what needs least memory."""
+        of_kind = kind.columns(self.space.columns)
+        fit, smallest = self._least_of(kind, of_kind, self.bounds)
+        its = np.flatnonzero(of_kind & ~self.seen)
+        least = self.closed.least_seconds[its]
+        order = np.argsort(least, kind="stable")
+        for start in range(0, min(len(its), MOST_PER_KIND), PER_KIND):
+            if fit and least[order[start]] >= min(fit, key=lambda row: row[0])[0]:
+                break
+            some = np.sort(its[order[start : start + PER_KIND]])
+            more, need = self._least_of(kind, of_kind, self.closed.price(some, plain=True))
+            fit += more
+            smallest = min(filter(None, (smallest, need)), key=lambda row: row[0], default=None)
+        quick = [
+            (self.estimator.played(layout), layout) for _, layout in sorted(fit, key=lambda row: row[0])[:PLAYED_PER_KIND]
+        ]
+        fits = [(q.step_time_s, str(layout), layout) for q, layout in quick if q.fits]
+        chosen = min(fits)[-1] if fits else fit[0][1] if fit else smallest[1] if smallest else None
+        return self.estimator.estimate(chosen) if chosen else None
+
+    def _least_of(
+        self, kind: Kind, of_kind: Bools, every: Iterable[Bounds]
+    ) -> tuple[list[tuple[float, Layout]], tuple[float, Layout] | None]:
+        """Of the members of `kind`: under each pipeline and sharding the quickest that fits, by its bound; and what needs the fewest
+        bytes of all."""
+        fit: list[tuple[float, Layout]] = []
+        smallest: tuple[float, Layout] | None = None
+        for bounds in every:
+            its = np.flatnonzero(of_kind[bounds.at])
+            if not len(its) or not kind.leaf(self._layout(bounds, 0)):
                 continue
-            for micro_batch in divisors(workload.global_batch // dp):
-                if micro_batch <= MAX_MICRO_BATCH:
-                    yield from _modes(replace(base, micro_batch=micro_batch), model, workload)
+            bytes_, seconds = bounds.bytes[its], bounds.seconds[its]
+            need = int(np.argmin(bytes_))
+            if smallest is None or bytes_[need] < smallest[0]:
+                smallest = float(bytes_[need]), self._layout(bounds, int(its[need]))
+            if bytes_[need] <= self.limit:
+                quick = int(np.argmin(np.where(bytes_ <= self.limit, seconds, np.inf)))
+                fit.append((float(seconds[quick]), self._layout(bounds, int(its[quick]))))
+        return fit, smallest
+
+    def _layout(self, bounds: Bounds, index: int) -> Layout:
+        return self.space.layout(int(bounds.at[index]), bounds.pipeline, bounds.sharding)
 
 
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+class _Queue:
+    """Candidates by their bounds; each block of them is sorted once."""
 
+    def __init__(self) -> None:
+        self._blocks: list[tuple[Floats, Ints, Ints]] = []
+        self._heads: list[tuple[float, int, int]] = []
 
-def _modes(base: Layout, model: Model, workload: Workload) -> Iterator[Layout]:
-    sequence = (True, False) if base.tp > 1 and base.micro_batch * workload.seq % base.tp == 0 else (False,)
-    for sp in sequence:
-        for zero in (0, 1) if base.dp > 1 else (0,):
-            for recompute in ("none", "full"):
-                yield replace(base, sp=sp, zero=zero, recompute=recompute)
+    @property
+    def least(self) -> float:
+        return self._heads[0][0] if self._heads else float("inf")
 
+    def add(self, seconds: Floats, numbers: Ints, indices: Ints) -> None:
+        order = np.argsort(seconds, kind="stable")
+        self._blocks.append((seconds[order], numbers[order], indices[order]))
+        self._push(len(self._blocks) - 1, 0)
 
-def _illegal(layout: Layout, model: Model, workload: Workload) -> bool:
-    try:
-        check_layout(layout, model, workload)
-    except UserError:
-        return True
-    return False
+    def pop(self) -> tuple[int, int]:
+        """(number, index) of the least."""
+        _, block, at = heapq.heappop(self._heads)
+        self._push(block, at + 1)
+        _, numbers, indices = self._blocks[block]
+        return int(numbers[at]), int(indices[at])
+
+    def _push(self, block: int, at: int) -> None:
+        seconds = self._blocks[block][0]
+        if at < len(seconds):
+            heapq.heappush(self._heads, (float(seconds[at]), block, at))
 
 
 def _nothing_legal(model: Model, workload: Workload, gpus: int) -> UserError:
-    legal = (n for n in range(gpus - 1, 0, -1) if any(True for _ in legal_layouts(model, workload, n, "bf16")))
+    legal = (n for n in range(gpus - 1, 0, -1) if len(legal_space(model, workload, n, "bf16").local))
     near = list(islice(legal, 2))
     return UserError(
         f"no layout of {gpus} ranks divides {model.name} ({model.layers} layers, {model.heads} heads) and a global batch of "

@@ -20,13 +20,22 @@ MANY_RANKS = 64
 
 def models_table(models: Sequence[Model]) -> RenderableType:
     table = Table(title="models", title_justify="left")
-    for name in ("name", "family", "parameters", "active", "layers", "hidden", "heads", "kv heads", "vocabulary", "runs"):
+    for name in (
+        "name",
+        "family",
+        "parameters",
+        "active",
+        "layers",
+        "hidden",
+        "heads",
+        "kv heads",
+        "vocabulary",
+    ):
         table.add_column(name, justify="left" if name in ("name", "family") else "right")
     for m in models:
         counts = count_parameters(m)
-        runs = "yes" if m.dense and not m.latent and not m.sinks else "counted only"
         figures = (m.layers, m.hidden, m.heads, m.kv_heads, m.vocab)
-        table.add_row(m.name, m.family, count(counts.total), count(counts.active), *map(str, figures), runs)
+        table.add_row(m.name, m.family, count(counts.total), count(counts.active), *map(str, figures))
     return table
 
 

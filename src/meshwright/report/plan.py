@@ -11,7 +11,10 @@ from meshwright.report.units import gib, percent, seconds
 
 
 def plan_report(plan: Plan, title: str) -> RenderableType:
-    found = f"{plan.searched:,} legal layouts priced, {plan.fitting:,} fit, in {seconds(plan.seconds)}"
+    found = (
+        f"{plan.searched:,} legal layouts: {plan.priced:,} priced, of which {plan.fitting:,} fit, {plan.played:,} played, "
+        f"the rest cut by a bound, in {seconds(plan.seconds)}"
+    )
     if plan.best is None:
         lone = plan.candidates[0]
         return Text(f"{title}: nothing fits ({found}). Nearest: {lone.estimate.layout}, which {lone.reason}")

@@ -80,7 +80,7 @@ def plan_buckets(shards: Sequence[Shard], layout: Layout) -> tuple[Bucket, ...]:
     open_: dict[tuple[object, ...], list[Shard]] = {}
     filled: dict[tuple[object, ...], int] = {}
     out: list[Bucket] = []
-    limits = {routed: _limit(layout, routed) for routed in (False, True)}
+    limits = {routed: bucket_limit(layout, routed) for routed in (False, True)}
     for shard in reversed(shards):
         unit = unit_of(shard.name) if layout.zero == 3 and shard.gathered else None
         key = (unit, shard.decay, shard.replicas, shard.partial, shard.routed)
@@ -97,8 +97,8 @@ def plan_buckets(shards: Sequence[Shard], layout: Layout) -> tuple[Bucket, ...]:
     return tuple(out)
 
 
-def _limit(layout: Layout, routed: bool) -> int:
-    """Elements of a full bucket."""
+def bucket_limit(layout: Layout, routed: bool) -> int:
+    """Elements of a full bucket: only a shard that is larger by itself, or a unit of ZeRO-3, makes a larger one."""
     return bucket_bytes(layout.edp if routed else layout.data_ranks) // STATE_BYTES[layout.precision].gradient
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from meshwright.schedule.actions import Action, Kind, Schedule
@@ -18,40 +18,68 @@ class Turn(NamedTuple):
     end: float
 
 
-def run_clock(schedule: Schedule, seconds: Callable[[int, Action], float], send: float = 0.0) -> list[Turn]:
+class Waits(NamedTuple):
+    """One computation of `stage`, which waits for the computation before it there, and for the `source`-th of all (-1: for none),
+    whose result `travels` if it is of another stage."""
+
+    stage: int
+    action: Action
+    source: int
+    travels: bool
+
+
+def run_clock(
+    schedule: Schedule,
+    seconds: Callable[[int, Action], float],
+    send: float = 0.0,
+    wound: Sequence[Waits] | None = None,
+) -> list[Turn]:
     """Each stage does its computations in order, as soon as their inputs are there; the turns of a stage come in its order.
 
     `seconds(stage, action)`: how long a computation takes; `send`: how long a tensor takes from stage to stage. Sends do not hold
-    up the sender. Raises UserError when the stages wait for each other.
+    up the sender. `wound`: what `wind_clock` makes of the schedule, if it is at hand. Raises UserError when the stages wait for each
+    other.
+    """
+    clock, turns = [0.0] * schedule.stages, list[Turn]()
+    for stage, action, source, travels in wound or wind_clock(schedule):
+        ready = 0.0 if source < 0 else turns[source].end + (send if travels else 0.0)
+        start = max(clock[stage], ready)
+        clock[stage] = end = start + seconds(stage, action)
+        turns.append(Turn(stage, action, start, end))
+    return turns
+
+
+def wind_clock(schedule: Schedule) -> list[Waits]:
+    """The computations of all stages in an order in which each comes after what it waits for.
+
+    Raises UserError when the stages wait for each other.
     """
     computes = [[a for a in actions if a.kind.is_compute] for actions in schedule.actions]
-    at, clock = [0] * schedule.stages, [0.0] * schedule.stages
-    done: dict[tuple[int, int, bool], float] = {}
-    turns: list[Turn] = []
+    at = [0] * schedule.stages
+    done: dict[tuple[int, int, bool], int] = {}
+    out: list[Waits] = []
     moved = True
     while moved:
         moved = False
         for stage, actions in enumerate(computes):
             while at[stage] < len(actions):
-                action, ready = actions[at[stage]], 0.0
+                action, index, travels = actions[at[stage]], -1, False
                 source = source_of(schedule, stage, action)
                 forward = action.kind is Kind.FORWARD
                 if source is not None:
                     place = schedule.placement[source[0]][source[1]]
                     if (place, action.micro_batch, forward) not in done:
                         break
-                    ready = done[place, action.micro_batch, forward] + (0.0 if source[0] == stage else send)
-                start = max(clock[stage], ready)
-                clock[stage] = end = start + seconds(stage, action)
+                    index, travels = done[place, action.micro_batch, forward], source[0] != stage
                 if action.kind is not Kind.BACKWARD_WEIGHT:
-                    done[schedule.placement[stage][action.chunk], action.micro_batch, forward] = end
-                turns.append(Turn(stage, action, start, end))
+                    done[schedule.placement[stage][action.chunk], action.micro_batch, forward] = len(out)
+                out.append(Waits(stage, action, index, travels))
                 at[stage] += 1
                 moved = True
     stuck = {stage: actions[at[stage]] for stage, actions in enumerate(computes) if at[stage] < len(actions)}
     if stuck:
         raise deadlock(schedule, {stage: (action, source_of(schedule, stage, action)) for stage, action in stuck.items()})
-    return turns
+    return out
 
 
 def source_of(schedule: Schedule, stage: int, action: Action) -> tuple[int, int] | None:

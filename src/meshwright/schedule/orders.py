@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from meshwright.schedule.actions import Action, Kind, Schedule
+from meshwright.schedule.clock import Waits, wind_clock
 from meshwright.schedule.communication import with_communication
 from meshwright.schedule.dualpipe import dualpipe_v
 from meshwright.schedule.stages import FOLDED, placement
@@ -77,6 +78,19 @@ def peak_in_flight(name: str, stage: int, stages: int, micro_batches: int, chunk
     if name == "dualpipe-v":
         return 2 * stages + 1
     return min(m, stages - stage)
+
+
+@lru_cache(maxsize=256)
+def wound_order(name: str, stages: int, micro_batches: int, chunks: int = 1) -> tuple[Waits, ...]:
+    """`make_order` with what each computation waits for: to price it again and again."""
+    return tuple(wind_clock(make_order(name, stages, micro_batches, chunks)))
+
+
+def peak_held(name: str, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> int:
+    """`Schedule.peak` of chunks of size 1, in closed form: a split backward holds them until the weights' half is done."""
+    if name == "zb-h1":
+        return min(micro_batches, stages)
+    return peak_in_flight(name, stage, stages, micro_batches, chunks)
 
 
 def _check_chunks(name: str, chunks: int) -> None:

@@ -33,7 +33,7 @@ def check_layout(layout: Layout, model: Model, workload: Workload) -> None:
         given = "-".join(map(str, layout.stage_layers))
         raise UserError(
             f"stages:{given} holds {sum(layout.stage_layers)} layers, but {model.name} has {model.layers}: "
-            f"`meshwright layout --balance` writes stages of equal cost"
+            f"`meshwright layout balance` writes stages of equal cost"
         )
     per_step = layout.dp * layout.micro_batch
     if workload.global_batch % per_step:
@@ -89,15 +89,6 @@ def refuse_unbuilt(layout: Layout) -> None:
     ):
         if given not in built:
             raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")
-
-
-def refuse_unbuilt_model(model: Model) -> None:
-    """This version prices dense decoders."""
-    if not model.dense or model.latent or model.sinks:
-        raise UserError(
-            f"{model.name} ({model.family}): this version prices dense decoders; mixture of experts, latent attention "
-            "and attention sinks can be counted (`meshwright models`) and run, not yet planned"
-        )
 
 
 def refuse_unrunnable_model(model: Model) -> None:
