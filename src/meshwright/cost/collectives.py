@@ -85,7 +85,7 @@ class CollectiveTimes:
         measured = self.cluster.measured
         if measured and measured.collectives:
             return f"measured: {measured.source}"
-        return "formula: ring latency and line rate, NCCL's own constants (catalogue/collectives.yaml)"
+        return "formula: NCCL's protocols, fitted on nccl-tests inside a node (catalogue/collectives.yaml)"
 
     @property
     def hides(self) -> bool:

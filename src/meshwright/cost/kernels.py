@@ -147,7 +147,7 @@ class Kernels:
             return f"measured: {self.cluster.measured.source}"  # type: ignore[union-attr]
         share = self.cluster.accelerator.matmul_share.get(self.precision)
         if share:
-            return f"published: largest matmul {share:.0%} of peak ({self.cluster.accelerator.source})"
+            return f"published: largest matmul {share:.0%} of peak, kernels fitted on published runs ({self.cluster.accelerator.source})"
         return f"formula: matmul at {self.constants.matmul_share:.0%} of peak, the usual share"
 
     @property
