@@ -20,6 +20,12 @@ from meshwright.spec.parameters import count_parameters
 from meshwright.spec.workload import Workload
 
 Row = Mapping[str, str]
+LARGEST = {"layers": 4096, "pp": 4096, "vpp": 4096, "global_batch": 2**20, "n_experts": 2**14}
+LARGEST_ELSE = 2**26
+"""A cell above these is a slip, and would take for ever."""
+MOST_MICRO_BATCHES = 2**14
+ROUNDING = 0.02
+"""Of a number of parameters as it is printed."""
 
 NODE_NICS = {"v100": 4 * 12.5e9, "a100": 8 * 25e9, "b300": 8 * 100e9, "gb300": 4 * 100e9}
 """Bytes/s out of the vendor's reference node (DGX-1V, DGX A100, DGX B300, GB300 NVL72); 50e9 for each accelerator of others."""
@@ -53,6 +59,10 @@ def read_run(row: Row) -> Run:
     per_step = layout.dp * layout.micro_batch
     whole = -(-batch // per_step) * per_step
     seq = _integer(row, "seq_len")
+    if whole // per_step > MOST_MICRO_BATCHES:
+        raise UserError(
+            f"global_batch {batch} in micro-batches of {per_step} over all ranks is more than {MOST_MICRO_BATCHES} of them"
+        )
     practice = read_practice(row, layout)
     return Run(cluster, model, layout, Workload(seq, whole), practice, not (row.get("recompute") or "").strip())
 
@@ -168,11 +178,13 @@ def _vocab_in_words(notes: str) -> int | None:
 
 
 def _tied_as_counted(model: Model, billions: float | None) -> Model:
-    """Whether the head is the embedding is not in the columns: whichever comes nearer to the number of parameters."""
-    tied = replace(model, tied=True)
-    if billions is None:
-        return model if model.gated else tied
-    return min((model, tied), key=lambda m: abs(count_parameters(m).total / 1e9 - billions))
+    """Whether the head is the embedding is not in the columns. Models without a gated MLP (GPT) usually tie them, others do not; where
+    that misses the number of parameters by more than its rounding, whichever comes nearer."""
+    usual, other = (replace(model, tied=tied) for tied in (not model.gated, model.gated))
+    if not billions:
+        return usual
+    missed = [abs(count_parameters(m).total / 1e9 / billions - 1) for m in (usual, other)]
+    return usual if missed[0] < ROUNDING or missed[0] <= missed[1] else other
 
 
 # --- the layout
@@ -332,7 +344,11 @@ def _number(row: Row, key: str) -> float | None:
 
 def _optional(row: Row, key: str) -> int | None:
     value = _number(row, key)
-    return int(value) if value is not None and value >= 0 else None
+    if value is None or not value >= 0:
+        return None
+    if value > (most := LARGEST.get(key, LARGEST_ELSE)):
+        raise UserError(f"{key} is {row[key]!r}, above {most}: not a training run")
+    return int(value)
 
 
 def _integer(row: Row, key: str) -> int:
