@@ -235,7 +235,7 @@ def _sequence_parallel(row: Row) -> bool:
 
 def _zero(text: str, dp: int, cp: int, model: Model, cluster: Cluster) -> tuple[int, int | None]:
     """ZeRO stage and the size of its groups. Blank: the optimizer state is sharded if the model's state (16 bytes a parameter,
-    arXiv 1910.02054) does not fit one accelerator."""
+    arXiv 1910.02054) would take more than half of one accelerator."""
     if dp * cp == 1:
         return 0, None
     lower = text.strip().lower()
@@ -245,7 +245,7 @@ def _zero(text: str, dp: int, cp: int, model: Model, cluster: Cluster) -> tuple[
         stage = 2 if "zero-2" in lower or "grad_op" in lower else 3
     else:
         digit = re.search(r"\d", lower)
-        is_large = 16 * count_parameters(model).total > cluster.accelerator.memory_bytes
+        is_large = 16 * count_parameters(model).total > cluster.accelerator.memory_bytes / 2
         stage = int(digit.group()) if digit else int(is_large)
     group = re.search(r"fsdp\s*=\s*(\d+)", lower)
     size = int(group.group(1)) if group else None

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from collectives import cases, measured_seconds, scored
 from fit import get, put, start
+from meshwright.spec.errors import UserError
 from published import COLUMNS, Predictor, main
 from rows import find_accelerator, read_cluster, read_run
-
-from meshwright.spec.errors import UserError
 
 ROW = {
     "id": "a",
