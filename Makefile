@@ -29,6 +29,7 @@ bench: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/context.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/expert.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/async_tp.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11 ...")'

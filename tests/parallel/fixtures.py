@@ -106,6 +106,8 @@ SPARSE_LAYOUTS = (
     "dp2:zero3 pp2x2:zb-v ep2 mb1",
     "cp2:ring tp2:sp ep4 mb2",
     "cp2:ulysses ep2 mb4",
+    "dp2 tp2:async ep4 mb2 ac:full",
+    "dp2:zero3 tp2 ep2 pp2:zb-h1 mb1 ac:core+mlp:1",
 )
 """Experts over any of the other axes."""
 
@@ -113,6 +115,7 @@ MORE_LAYOUTS = (
     "mb1",
     "tp4 mb4",
     "tp4:sp mb4",
+    "tp4:async mb4",
     "pp4 mb1",
     "pp2:gpipe mb2",
     "dp4:zero1 mb1",
@@ -135,7 +138,13 @@ MORE_LAYOUTS = (
     "dp2:zero2 cp2:ulysses mb1 ac:selective",
     "cp4:ring2xulysses2 mb4",
     "dp2 cp2:ring tp2:sp mb2",
+    "cp2:ring tp2:async mb2 ac:full",
+    "dp2:zero3 tp2:async pp2x2:zb-v mb1",
+    "dp2:zero1 tp2:async pp2 mb2 ac:selective",
     "dp2:zero3 cp2 pp2:zb-h1 mb1",
     "dp2 pp2 mb1 stages:3-1",
     "tp2:sp pp2:zb-h1 mb2 stages:1-3",
+    "dp2:zero3 tp2:sp mb2 ac:core+mlp:2",
+    "cp2:ring pp2:zb-h1 mb1 ac:mlp",
+    "pp2 mb1 ac:full:1",
 )

@@ -28,6 +28,7 @@ FIXTURES = (
     ("untied", "dp2 mb2"),
     ("untied", "tp2 mb4"),
     ("untied", "tp2:sp mb2"),
+    ("untied", "tp4:async mb2"),
     ("untied", "pp2 mb2"),
     ("tied", "pp2 mb2"),
     ("untied", "dp2:zero1 mb2"),

@@ -33,6 +33,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     parts = draw(st.sampled_from([("core",), ("norms", "activation"), ("core", "norms", "mlp")]))
     precision = draw(st.sampled_from(PRECISIONS))
     dtypes = st.sampled_from([None, precision] if precision == "fp64" else [None, precision, "fp32"])
+    sp = tp > 1 and draw(st.booleans())
     offload = draw(st.sampled_from(["none", "optimizer", *(["all"] if zero == 3 else [])]))
     return Layout(
         dp=dp,
@@ -41,7 +42,8 @@ def layouts(draw: st.DrawFn) -> Layout:
         cp=cp,
         ep=ep,
         etp=draw(divisors(dp * cp * tp // ep)),
-        sp=tp > 1 and draw(st.booleans()),
+        sp=sp,
+        async_tp=sp and draw(st.booleans()),
         zero=zero,
         zero_shard=draw(st.sampled_from([None, *proper])) if zero else None,
         chunks=chunks,
@@ -95,6 +97,7 @@ CANONICAL = [
     "cp8:ring2xulysses4 mb1 bf16",
     "tp8 etp2 mb1 bf16",
     "dp2 tp2:sp pp2:1f1b mb1 bf16 order:pp-dp-cp-tp",
+    "tp4:async mb1 bf16",
     "mb1 ac:core+norms+activation:3 bf16",
     "mb1 ac:full:2 bf16",
     "dp4:zero3 mb1 bf16 params:fp32 grads:bf16 offload:all@file",
@@ -183,6 +186,7 @@ FIELDS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"order": ("tp", "dp", "pp")}, ("tp-dp-pp", *DENSE_AXES)),
     ({"order": ("tp", "tp", "dp", "pp")}, ("tp-tp-dp-pp", *DENSE_AXES)),
     ({"sp": True}, ("sp", "tp of 2 or more", "got tp1")),
+    ({"tp": 4, "async_tp": True}, ("async tensor parallel", "needs sp", "tp4:async")),
     ({"zero": 2}, ("zero2", "dp of 2 or more", "got dp1")),
     ({"schedule": "gpipe"}, ("schedule", "pp of 2 or more", "got pp1")),
     ({"chunks": 2, "schedule": "interleaved"}, ("chunks", "pp of 2 or more", "got pp1")),

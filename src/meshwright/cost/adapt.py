@@ -124,6 +124,6 @@ def _dispatch(op: Op, layout: Layout) -> Iterator[Op]:
 def _without_weight_gradients(op: Op) -> Iterator[Op]:
     if isinstance(op, Under):
         kept = tuple(work for work in op.work if not (isinstance(work, Gemm) and work.is_weight_gradient))
-        yield Under(op.collective, kept) if kept else op.collective
+        yield from (replace(op, work=kept),) if kept else (op.collective,) * op.calls
     elif not (isinstance(op, Gemm) and op.is_weight_gradient):
         yield op

@@ -75,10 +75,11 @@ class Collective:
 
 @dataclass(frozen=True, slots=True)
 class Under:
-    """A collective that runs while `work` is computed."""
+    """A collective that runs while `work` is computed; `calls` of it, one after the other."""
 
     collective: Collective
     work: tuple[Gemm | Attention, ...]
+    calls: int = 1
 
 
 Op = Gemm | Attention | Elementwise | Collective | Under
@@ -99,3 +100,5 @@ class Piece:
     """Kept from forward for backward."""
     working_bytes: int = 0
     """The largest temporary of the piece."""
+    recomputed: tuple[Op, ...] = ()
+    """What of the backward is forward run again."""

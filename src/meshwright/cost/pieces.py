@@ -25,6 +25,8 @@ class Part:
     forward: tuple[Op, ...]
     backward: tuple[Op, ...]
     saved: int
+    recomputed: tuple[Op, ...] = ()
+    """What of the backward is forward run again."""
 
 
 @dataclass(slots=True)
@@ -75,6 +77,10 @@ class Shapes:
         """Into a column-parallel set that reads `width` features: sequence parallel gathers the tokens."""
         return self.tp("all_gather", self.T * width * self.q) if self.layout.sp else []
 
+    def hop(self, width: int) -> Collective:
+        """One rank's tokens to the next of the ring, `width` features of each."""
+        return Collective("tp", "send", self.layout.tp, self.layout.stride("tp"), self.t * width * self.q)
+
     def leave(self) -> list[Collective]:
         """Out of a row-parallel linear: partial sums meet."""
         return self.tp("reduce_scatter" if self.layout.sp else "all_reduce", self.T * self.model.hidden * self.q)
@@ -86,6 +92,8 @@ def columns(s: Shapes, name: str, inner: int, widths: dict[str, int]) -> Part:
     Backward gathers the input again under the dx products, and sums dx under the weight gradients. The input is kept by whoever
     made it.
     """
+    if s.layout.async_tp:
+        return overlapped_columns(s, name, inner, widths)
     forward = [Gemm(f"{name}.{part}", s.T, width, inner) for part, width in widths.items()]
     dx = tuple(Gemm(f"{name}.{part} dx", s.T, inner, width) for part, width in widths.items())
     dw = tuple(Gemm(f"{name}.{part} dw", width, inner, s.T) for part, width in widths.items())
@@ -101,9 +109,31 @@ def columns(s: Shapes, name: str, inner: int, widths: dict[str, int]) -> Part:
 def row(s: Shapes, name: str, width: int) -> Part:
     """A linear with a share of its `width` input features, which it keeps."""
     D = s.model.hidden
+    if s.layout.async_tp:
+        return overlapped_row(s, name, width)
     gather = s.tp("all_gather", s.T * D * s.q) if s.layout.sp else []
     backward: tuple[Op, ...] = (*gather, Gemm(f"{name} dx", s.T, width, D), Gemm(f"{name} dw", D, width, s.T))
     return Part((Gemm(name, s.T, D, width), *s.leave()), backward, s.T * width * s.q)
+
+
+def overlapped_columns(s: Shapes, name: str, inner: int, widths: dict[str, int]) -> Part:
+    """`columns` of async tensor parallel (`parallel/async_tp.py`): one rank's tokens at a time, each product under the hop of the
+    next ones. In backward the input goes round one product before the sum that makes dx, under the same products."""
+    hop = s.hop(inner)
+    forward = tuple(Gemm(f"{name}.{part}", s.t, width, inner) for part, width in widths.items())
+    dx = tuple(Gemm(f"{name}.{part} dx", s.t, inner, width) for part, width in widths.items())
+    dw = tuple(Gemm(f"{name}.{part} dw", width, inner, s.T) for part, width in widths.items())
+    between = s.layout.tp - 2
+    backward: tuple[Op, ...] = (Under(hop, dx), *(Under(hop, dx, calls=2),) * between, Under(hop, dx), *dw)
+    return Part((*(Under(hop, forward),) * (between + 1), *forward), backward, 0)
+
+
+def overlapped_row(s: Shapes, name: str, width: int) -> Part:
+    """`row` of async tensor parallel: the product of one rank's tokens, under the hop of the sum for those before."""
+    D, hops = s.model.hidden, s.layout.tp - 1
+    hop, product, dx = s.hop(D), Gemm(name, s.t, D, width), Gemm(f"{name} dx", s.t, width, D)
+    backward: tuple[Op, ...] = (*(Under(hop, (dx,)),) * hops, dx, Gemm(f"{name} dw", D, width, s.T))
+    return Part((product, *(Under(hop, (product,)),) * hops), backward, s.T * width * s.q)
 
 
 def whole_linear(s: Shapes, name: str, tokens: int, inner: int, width: int) -> Part:
@@ -118,12 +148,22 @@ def layer_piece(model: Model, layout: Layout, seq: int, window: int | None, moe:
     s = Shapes(model, layout, seq)
     attention = heads(s, window) if model.latent is None else latent(s, model.latent, window)
     mlp = experts(s, model.experts) if moe and model.experts else gated_mlp(s, "mlp", model.ffn // layout.tp)
+    working = 0
+    if layout.recompute == "selective" and "mlp" in layout.recompute_parts:
+        working, mlp = mlp.saved, _recomputed(mlp)
     forward = (s.norm, *attention.forward, s.residual, s.norm, *mlp.forward, s.residual)
     backward = (*mlp.backward, s.norm_backward, *attention.backward, s.norm_backward)
     saved = 4 * s.residual_bytes + attention.saved + mlp.saved
     if layout.recompute == "full":
-        return Piece("layer", forward, (*_up_to_last_saved(forward), *backward), s.residual_bytes, working_bytes=saved)
-    return Piece("layer", forward, backward, saved)
+        again = _up_to_last_saved(forward)
+        return Piece("layer", forward, (*again, *backward), s.residual_bytes, working_bytes=saved, recomputed=again)
+    return Piece("layer", forward, backward, saved, working, (*attention.recomputed, *mlp.recomputed))
+
+
+def _recomputed(part: Part) -> Part:
+    """`part` run again in backward. It keeps nothing: its input, the norm's output, is kept by the norm."""
+    again = _up_to_last_saved(part.forward)
+    return Part(part.forward, (*again, *part.backward), 0, again)
 
 
 def heads(s: Shapes, window: int | None) -> Part:
@@ -139,6 +179,7 @@ def heads(s: Shapes, window: int | None) -> Part:
         (*qkv.forward, rotary, *core.forward, *out.forward),
         (*out.backward, *core.backward, rotary, *qkv.backward),
         qkv.saved + saved + core.saved + out.saved,
+        core.recomputed,
     )
 
 
@@ -166,6 +207,7 @@ def latent(s: Shapes, latent: LatentAttention, window: int | None) -> Part:
         (*q.forward, *kv_down.forward, *kv_up.forward, rotary, *core.forward, *out.forward),
         (*out.backward, *core.backward, rotary, *kv_up.backward, *kv_down.backward, *q.backward),
         saved + qkv_saved + core.saved + out.saved,
+        core.recomputed,
     )
 
 
@@ -190,8 +232,9 @@ def attention_core(s: Shapes, kv_heads: int, head_dim: int, value_dim: int, wind
         outward = _all_to_all(s, s.heads * value_dim)
         forward, backward = (inward, *forward, outward), (outward, *backward, inward)
     log_sum_exp = s.T * s.heads * 4
-    again = tuple(op for op in forward if isinstance(op, Attention)) if layout.recompute == "selective" else ()
-    return Part(forward, (*again, *backward), 0 if again else log_sum_exp)
+    repeats = layout.recompute == "selective" and "core" in layout.recompute_parts
+    again = tuple(op for op in forward if isinstance(op, Attention)) if repeats else ()
+    return Part(forward, (*again, *backward), 0 if again else log_sum_exp, again)
 
 
 def _ring(
@@ -298,12 +341,15 @@ def head_piece(model: Model, layout: Layout, seq: int, tp_rank: int) -> Piece:
 
 
 def _up_to_last_saved(forward: tuple[Op, ...]) -> tuple[Op, ...]:
-    """Full recompute runs the layer again up to the last tensor that backward needs: the input of the last product, or the
+    """Recompute runs a layer, or its MLP, again up to the last tensor that backward needs: the input of the last product, or the
     experts' outputs, which their weights multiply.
 
-    The sum after it is not repeated (PyTorch's checkpoint stops early), nor is that product.
+    The sum after it is not repeated (PyTorch's checkpoint stops early), nor is that product; but where product and sum are one
+    (async tensor parallel), both are.
     """
     last = max(
-        i for i, op in enumerate(forward) if isinstance(op, Gemm) or (isinstance(op, Elementwise) and op.name == "permute")
+        i
+        for i, op in enumerate(forward)
+        if isinstance(op, Gemm | Under) or (isinstance(op, Elementwise) and op.name == "permute")
     )
-    return forward[:last]
+    return forward[: last + isinstance(forward[last], Under)]

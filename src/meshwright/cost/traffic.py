@@ -26,7 +26,7 @@ def collectives(ops: tuple[Op, ...]) -> Iterator[Collective]:
         if isinstance(op, Collective):
             yield op
         elif isinstance(op, Under):
-            yield op.collective
+            yield from (op.collective,) * op.calls
 
 
 def step_collectives(program: Program, micro_batches: int) -> Iterator[tuple[Collective, int]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from meshwright.models.attention import Where
 from meshwright.models.decoder import Decoder, cross_entropy
@@ -16,19 +16,24 @@ from meshwright.models.mlp import SharedInput
 from meshwright.models.moe import MoE
 from meshwright.models.routing import Balance
 from meshwright.parallel.balance import apply_balance, summed_load, update_selection_bias
+from meshwright.parallel.bucket import DTYPE
 from meshwright.parallel.context import ContextParallelCore, cut_tokens, cut_where
-from meshwright.parallel.data import PARAMETER_DTYPE, DataParallel
+from meshwright.parallel.data import DataParallel
 from meshwright.parallel.expert import apply_expert_parallel
+from meshwright.parallel.fp8 import Fp8Weight, is_eligible, refuse_fp8
 from meshwright.parallel.linear import Linear, Linears, WeightGradients
 from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.offload import make_offload
 from meshwright.parallel.pipeline import MicroBatch, Pipeline
+from meshwright.parallel.recompute import recompute_layers, recompute_parts
 from meshwright.parallel.tensor import apply_tensor_parallel
-from meshwright.parallel.units import absent, shard_parameters
+from meshwright.parallel.units import absent, bring_parameters
 from meshwright.parallel.vocab import vocab_parallel_cross_entropy, vocab_start
 from meshwright.schedule.actions import Schedule
 from meshwright.schedule.buckets import plan_buckets
 from meshwright.schedule.orders import layout_schedule
 from meshwright.schedule.stages import rank_shards, stage_chunks
+from meshwright.spec.layout import Precision
 from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt
 from meshwright.spec.model import Model
 from meshwright.spec.shards import TIED_NAME, Shard
@@ -115,15 +120,19 @@ def apply(
     initial: Callable[[Shard], Tensor],
     balance: Balance | None = None,
     schedule: Schedule | None = None,
+    offload_dir: Path | None = None,
 ) -> Engine:
     """This rank's share of `model`. `initial` gives each shard's first values; `balance`: how experts are kept in balance;
-    `schedule`: instead of the one that the layout names, for as many stages and chunks.
+    `schedule`: instead of the one that the layout names, for as many stages and chunks; `offload_dir`: where offload to files keeps them,
+    the system's temporary directory by default.
 
     Raises UserError for a layout that the model or the workload cannot be split by.
     """
     layout, gradients = mesh.layout, WeightGradients()
     check_layout(layout, model, workload)
     refuse_unbuilt(layout)
+    if layout.precision == "fp8":
+        refuse_fp8(mesh.device)
     with torch.device("meta"):
         chunks = [
             Decoder(model, chunk.layers, first=chunk.first, last=chunk.last)
@@ -131,29 +140,35 @@ def apply(
         ]
     for decoder in chunks:
         if layout.tp > 1:
-            apply_tensor_parallel(decoder, mesh["tp"], gradients, sequence=layout.sp, micro_batch=layout.micro_batch)
+            apply_tensor_parallel(
+                decoder,
+                mesh["tp"],
+                gradients,
+                sequence=layout.sp,
+                micro_batch=layout.micro_batch,
+                overlap=layout.async_tp,
+            )
         _split_experts(decoder, mesh, gradients, balance, workload.seq)
         _keep_weight_gradients(decoder, gradients)
-        if layout.recompute == "selective":
-            _recompute_attention(decoder)
+        recompute_parts(decoder, layout)
         if layout.cp > 1:
             _split_attention(decoder, mesh)
-        if layout.recompute == "full":
-            _recompute_layers(decoder)
-    state = DataParallel(plan_buckets(rank_shards(model, layout, mesh.stage, mesh.seat), layout), mesh)
+        recompute_layers(decoder, layout)
+    buckets = plan_buckets(rank_shards(model, layout, mesh.stage, mesh.seat), layout)
+    state = DataParallel(buckets, mesh, make_offload(mesh, offload_dir))
     parameters, uses = _materialise(chunks, model, state)
     state.attach(parameters, uses, gradients)
     _fill(state, initial)
-    if layout.zero == 3:
+    if not all(bucket.is_ready_to_use for bucket in state.buckets):
         for decoder in chunks:
-            shard_parameters(decoder, state, parameters, last_stays=layout.pp == 1)
+            bring_parameters(decoder, state, parameters, last_stays=layout.pp == 1)
     pipeline = Pipeline(
         chunks,
         schedule or layout_schedule(layout, micro_batches(layout, workload)),
         mesh["pp"],
         _loss(model, mesh),
         _boundary(model, workload, mesh),
-        PARAMETER_DTYPE[layout.precision],
+        DTYPE[layout.precision],
         gradients,
     )
     return Engine(model, mesh, chunks, pipeline, state)
@@ -173,6 +188,7 @@ def _split_experts(decoder: Decoder, mesh: Mesh, gradients: WeightGradients, bal
                 etp=layout.etp,
                 sequence=layout.sp,
                 micro_batch=layout.micro_batch,
+                overlap=layout.async_tp,
             )
             if balance is not None:
                 apply_balance(layer.moe, balance, mesh, seq)
@@ -193,11 +209,15 @@ def _materialise(
 ) -> tuple[dict[str, nn.Parameter], dict[str, int]]:
     """Replace the meta parameters by views of the flat buckets. Returns them by global name, and how often each is used."""
     made: dict[str, nn.Parameter] = {}
+    precision = state.mesh.layout.precision
     for bucket in state.buckets:
-        if bucket.keeps_parameters:
-            made |= {name: nn.Parameter(view) for name, view in bucket.views(bucket.parameters)}
+        if bucket.is_ready_to_use:
+            made |= {name: _parameter(name, view, precision) for name, view in bucket.views(bucket.parameters)}
         else:
-            made |= {s.name: nn.Parameter(absent(s.shape, bucket.dtype, bucket.device)) for s in bucket.plan.shards}
+            made |= {
+                s.name: _parameter(s.name, absent(s.shape, bucket.compute_dtype, bucket.device), precision)
+                for s in bucket.plan.shards
+            }
     uses: Counter[str] = Counter()
     for chunk in chunks:
         for path, module in chunk.named_modules():
@@ -213,13 +233,18 @@ def _materialise(
     return made, uses
 
 
+def _parameter(name: str, value: Tensor, precision: Precision) -> nn.Parameter:
+    kind = Fp8Weight if precision == "fp8" and is_eligible(name, tuple(value.shape)) else nn.Parameter
+    return kind(value)
+
+
 def _fill(state: DataParallel, initial: Callable[[Shard], Tensor]) -> None:
     with torch.no_grad():
         for bucket in state.buckets:
             for shard, offset in zip(bucket.plan.shards, bucket.plan.offsets, strict=True):
                 bucket.fill(shard, offset, initial(shard))
-            if bucket.has_master:
-                bucket.weights.copy_(bucket.own_parameters)
+            if bucket.master is not None:
+                bucket.master.copy_(bucket.own_parameters)
 
 
 def _loss(model: Model, mesh: Mesh) -> Callable[[Tensor, Tensor], Tensor]:
@@ -240,19 +265,3 @@ def _boundary(model: Model, workload: Workload, mesh: Mesh) -> tuple[int, ...]:
 def _split_attention(decoder: Decoder, mesh: Mesh) -> None:
     for layer in decoder.layers.values():
         layer.attention.core = ContextParallelCore(layer.attention.core, mesh["ring"], mesh["ulysses"])
-
-
-def _recompute_layers(decoder: Decoder) -> None:
-    for layer in decoder.layers.values():
-        layer.forward = _checkpointed(layer.forward)  # type: ignore[method-assign, assignment]
-
-
-def _recompute_attention(decoder: Decoder) -> None:
-    """The attention core alone: what it saves grows with the square of the length where no fused kernel serves (Korthikanti et
-    al. 2022, arXiv 2205.05198, section 5)."""
-    for layer in decoder.layers.values():
-        layer.attention.core.forward = _checkpointed(layer.attention.core.forward)
-
-
-def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return partial(checkpoint, forward, use_reentrant=False)

@@ -31,7 +31,15 @@ from meshwright.spec.errors import UserError
 
 
 def apply_expert_parallel(
-    moe: MoE, ep: Group, tp: Group, gradients: WeightGradients, *, etp: int, sequence: bool, micro_batch: int
+    moe: MoE,
+    ep: Group,
+    tp: Group,
+    gradients: WeightGradients,
+    *,
+    etp: int,
+    sequence: bool,
+    micro_batch: int,
+    overlap: bool = False,
 ) -> None:
     """Make `moe` one rank's share of it. Parameters keep their names; the rank's cuts of them are set afterwards.
 
@@ -43,7 +51,7 @@ def apply_expert_parallel(
     if ep.size > 1:
         moe.dispatch = ExpertParallelDispatch(ep, moe.router.weight.shape[0], etp)
     if tp.size > 1 and moe.shared is not None:
-        make = TensorParallel(tp, gradients, sequence, micro_batch)
+        make = TensorParallel(tp, gradients, sequence, micro_batch, overlap)
         moe.shared.gate_up, moe.shared.down = make.columns(moe.shared.gate_up), make.row(moe.shared.down)
     if tp.size > 1 and not sequence:
         moe.routed = partial(_route_part, moe.routed, tp)  # type: ignore[method-assign]

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meshwright.parallel.fp8 import Fp8Weight, fp8_input_gradient, fp8_product
+
 
 class Slot(Protocol):
     """Where the gradient of one weight is kept; see `parallel/data.py`."""
@@ -107,12 +109,12 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: Tensor | None, gradients: WeightGradients) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.gradients = weight, gradients
-        return F.linear(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         (x,) = ctx.saved_tensors
-        dx = grad @ ctx.weight if ctx.needs_input_grad[0] else None
+        dx = input_gradient(grad, ctx.weight) if ctx.needs_input_grad[0] else None
         ctx.gradients.add(ctx.weight, grad, x)
         dbias = grad.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, None
@@ -135,7 +137,7 @@ class _Linears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gradients: WeightGradients, *weights: nn.Parameter) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x)
         ctx.gradients, ctx.weights = gradients, weights
-        return tuple(F.linear(x, weight) for weight in weights)
+        return tuple(product(x, weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -147,11 +149,43 @@ class _Linears(torch.autograd.Function):
         return dx.view(x.shape), None, *(None for _ in weights)
 
 
+def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, in the precision that the weight is multiplied in; leading dims of x count as tokens."""
+    if not isinstance(weight_OI, Fp8Weight):
+        return F.linear(x_TI, weight_OI, bias_O)
+    y_TO = fp8_product(x_TI, weight_OI)
+    return y_TO if bias_O is None else y_TO + bias_O
+
+
+def product_into(y_TO: Tensor, x_TI: Tensor, weight_OI: Tensor) -> None:
+    """y becomes x weight^T."""
+    if isinstance(weight_OI, Fp8Weight):
+        fp8_product(x_TI, weight_OI, y_TO)
+    else:
+        torch.mm(x_TI, weight_OI.t(), out=y_TO)
+
+
+def input_gradient(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    """grad weight; leading dims of grad count as tokens."""
+    return fp8_input_gradient(grad_TO, weight_OI) if isinstance(weight_OI, Fp8Weight) else grad_TO @ weight_OI
+
+
+def input_gradient_into(dx_TI: Tensor, grad_TO: Tensor, weight_OI: Tensor) -> None:
+    """dx becomes grad weight."""
+    if isinstance(weight_OI, Fp8Weight):
+        fp8_input_gradient(grad_TO, weight_OI, dx_TI)
+    else:
+        torch.mm(grad_TO, weight_OI, out=dx_TI)
+
+
 def sum_of_products(grads_TO: Sequence[Tensor], weights_OI: Sequence[Tensor]) -> Tensor:
     """dx_TI of linears that read the same x."""
-    dx = grads_TO[0] @ weights_OI[0]
+    dx = input_gradient(grads_TO[0], weights_OI[0])
     for grad, weight in zip(grads_TO[1:], weights_OI[1:], strict=True):
-        dx.addmm_(grad, weight)
+        if isinstance(weight, Fp8Weight):
+            dx += fp8_input_gradient(grad, weight)
+        else:
+            dx.addmm_(grad, weight)
     return dx
 
 

@@ -11,6 +11,7 @@ cut the flattened tokens, not the sequence, so gathering them back never copies.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from meshwright.models.decoder import Decoder, Positions
 from meshwright.models.latent import LatentAttention
+from meshwright.parallel.async_tp import gather_and_multiply, multiply_and_scatter
 from meshwright.parallel.collectives import (
     Group,
     all_gather_forward_reduce_scatter_backward,
@@ -27,15 +29,15 @@ from meshwright.parallel.collectives import (
     identity_forward_all_reduce_backward,
     reduce_scatter_forward_all_gather_backward,
 )
-from meshwright.parallel.linear import WeightGradients, linear, sum_of_products
+from meshwright.parallel.linear import WeightGradients, linear, product, sum_of_products
 from meshwright.parallel.vocab import VocabParallelEmbedding
 
 
 def apply_tensor_parallel(
-    decoder: Decoder, group: Group, gradients: WeightGradients, *, sequence: bool, micro_batch: int
+    decoder: Decoder, group: Group, gradients: WeightGradients, *, sequence: bool, micro_batch: int, overlap: bool = False
 ) -> None:
     """Replace the linears and the embedding of `decoder` by their parallel forms. Parameters keep their names."""
-    make = TensorParallel(group, gradients, sequence, micro_batch)
+    make = TensorParallel(group, gradients, sequence, micro_batch, overlap)
     for layer in decoder.layers.values():
         if isinstance(layer.attention, LatentAttention):
             _split_latent_attention(layer.attention, make)
@@ -71,12 +73,20 @@ class TensorParallel:
     gradients: WeightGradients
     sequence: bool
     micro_batch: int
+    overlap: bool
+    """Sequence parallel's communication in pieces, under the products: `parallel/async_tp.py`."""
 
     def columns(self, linears: nn.ModuleDict) -> ColumnParallel:
         return ColumnParallel(linears, self)
 
     def row(self, linear: nn.Linear) -> RowParallel:
         return RowParallel(linear, self)
+
+    def products(self, x: Tensor, weights: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
+        """y_BL* (y_T* with sequence parallel) of this rank's output features, for each weight."""
+        if self.overlap:
+            return gather_and_multiply(x, self.group, self.gradients, weights)
+        return _ColumnParallelLinears.apply(x, self, *weights)  # type: ignore[no-any-return]
 
 
 class ColumnParallel(nn.ModuleDict):
@@ -88,10 +98,9 @@ class ColumnParallel(nn.ModuleDict):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x_BLD, or x_tD with sequence parallel; returns a y_BL* for each linear."""
-        weights = [one.weight for one in self.values()]
-        outputs = _ColumnParallelLinears.apply(x, self.shared, *weights)
+        outputs = self.shared.products(x, [one.weight for one in self.values()])
         if self.shared.sequence:
-            outputs = [y.unflatten(0, (self.shared.micro_batch, -1)) for y in outputs]
+            outputs = tuple(y.unflatten(0, (self.shared.micro_batch, -1)) for y in outputs)
         return [y if one.bias is None else y + one.bias for y, one in zip(outputs, self.values(), strict=True)]
 
 
@@ -103,7 +112,7 @@ class ColumnParallelLinear(nn.Module):
         self.weight, self.shared = linear.weight, shared
 
     def forward(self, x: Tensor) -> Tensor:
-        (y,) = _ColumnParallelLinears.apply(x, self.shared, self.weight)
+        (y,) = self.shared.products(x, [self.weight])
         return y.unflatten(0, (self.shared.micro_batch, -1)) if self.shared.sequence else y
 
 
@@ -115,6 +124,9 @@ class RowParallel(nn.Module):
         self.weight, self.bias, self.shared = linear.weight, linear.bias, shared
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.shared.overlap:
+            y = multiply_and_scatter(x.flatten(0, 1), self.shared.group, self.shared.gradients, self.weight)
+            return y if self.bias is None else y + self.bias
         y = linear(x, self.weight, None, self.shared.gradients)
         if self.shared.sequence:
             y = reduce_scatter_forward_all_gather_backward(y.flatten(0, 1), self.shared.group)
@@ -168,7 +180,7 @@ class _ColumnParallelLinears(torch.autograd.Function):
             whole = x.new_empty(shared.group.size * x.shape[0], x.shape[1])
             shared.group.all_gather(whole, x)
             x = whole
-        return tuple(F.linear(x, weight) for weight in weights)
+        return tuple(product(x, weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

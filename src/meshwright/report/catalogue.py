@@ -92,7 +92,9 @@ def layout_dict(layout: Layout) -> dict[str, object]:
 
 def _meanings(layout: Layout) -> dict[str, str]:
     sp = (
-        "; norm regions hold 1/tp of the tokens, sums become reduce-scatter + all-gather"
+        "; norm regions hold 1/tp of the tokens, which travel piece by piece under the products"
+        if layout.async_tp
+        else "; norm regions hold 1/tp of the tokens, sums become reduce-scatter + all-gather"
         if layout.sp
         else "; 2 all-reduces a layer each way"
     )

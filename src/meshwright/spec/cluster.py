@@ -59,6 +59,8 @@ class Accelerator(_Frozen):
     overhead_bytes: int | None = Field(default=None, ge=0)
     """What context, communication library and allocator take beside tensors. None: the usual (catalogue/kernels.yaml)."""
     scale_up: ScaleUp
+    host_bandwidth: Positive | None = None
+    """Bytes/s between its memory and the host's, in either direction, both at once. None: not known, or its memory is the host's."""
     tdp_watts: Positive | None = None
     confidence: str
     source: str
@@ -81,6 +83,8 @@ class Node(_Frozen):
     nic_bandwidth: float = Field(ge=0)
     """Bytes/s of one NIC (400 Gbit/s = 50e9)."""
     power_watts: Positive | None = None
+    file_bandwidth: Positive | None = None
+    """Bytes/s that its ranks together read and write in files on its own drives. None: not known."""
     compute_slots: int | None = Field(default=None, ge=1)
     """How many ranks of a node can compute at full rate at once; fewer than `accelerators` when ranks share cores."""
 

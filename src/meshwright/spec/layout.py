@@ -45,6 +45,8 @@ class Layout:
     """Tensor-parallel degree inside one expert."""
     sp: bool = False
     """Sequence parallel: the norm regions hold 1/tp of the sequence."""
+    async_tp: bool = False
+    """Sequence parallel's gathers and scatters in pieces, each under the product of another."""
     zero: int = 0
     """ZeRO stage: 0 replicates, 1 shards optimizer state, 2 gradients too, 3 parameters too."""
     zero_shard: int | None = None
@@ -98,6 +100,11 @@ class Layout:
         """A setting that would be ignored is an error, not a silence."""
         if self.sp and self.tp == 1:
             raise UserError("sequence parallel (sp) splits over tp ranks: it needs tp of 2 or more, got tp1")
+        if self.async_tp and not self.sp:
+            raise UserError(
+                f"async tensor parallel hides the communication of sequence parallel: it needs sp, got tp{self.tp} without: "
+                f"write tp{max(2, self.tp)}:async"
+            )
         if self.zero and self.dp * self.cp == 1:
             raise UserError(f"zero{self.zero} shards over data-parallel ranks: it needs dp of 2 or more, got dp1")
         if self.pp == 1 and (self.chunks > 1 or self.schedule != "1f1b"):

@@ -24,7 +24,7 @@ from meshwright.spec.layout import (
 
 GRAMMAR = """\
 dpN[:zeroK[xG]]   data parallel; ZeRO stage K, sharded within groups of G
-tpN[:sp]          tensor parallel; with sequence parallel
+tpN[:sp|:async]   tensor parallel; with sequence parallel; and its communication in pieces under the products
 ppN[xV][:NAME]    pipeline stages; V chunks a stage; schedule: {schedules}
 cpN[:ring|:ulysses|:ringAxulyssesB]   context parallel
 epN, etpN         expert parallel; tensor parallel inside an expert
@@ -73,7 +73,7 @@ def format_layout(layout: Layout) -> str:
         hybrid = f"x{layout.zero_shard}" if layout.zero_shard else ""
         tokens.append(f"dp{layout.dp}" + (f":zero{layout.zero}{hybrid}" if layout.zero else ""))
     if layout.tp > 1:
-        tokens.append(f"tp{layout.tp}" + (":sp" if layout.sp else ""))
+        tokens.append(f"tp{layout.tp}" + (":async" if layout.async_tp else ":sp" if layout.sp else ""))
     if layout.pp > 1:
         chunks = f"x{layout.chunks}" if layout.chunks > 1 else ""
         tokens.append(f"pp{layout.pp}{chunks}:{layout.schedule}")
@@ -144,6 +144,8 @@ def _read_mode(token: str, axis: str, mode: str) -> dict[str, Any]:
         return {"zero": int(zero[1])} | ({"zero_shard": int(zero[2])} if zero[2] else {})
     if axis == "tp" and mode == "sp":
         return {"sp": True}
+    if axis == "tp" and mode == "async":
+        return {"sp": True, "async_tp": True}
     if axis == "pp":
         return {"schedule": mode}
     if axis == "cp" and (mode in ("ring", "ulysses") or _NESTED.fullmatch(mode)):

@@ -160,7 +160,14 @@ def _only(layout: Layout, axes: tuple[str, ...]) -> Layout | None:
     """`layout` with the given axes alone; None where they cannot be without the others, as ep without ranks to borrow."""
     kept = {name: getattr(layout, name) for axis in axes for name in AXES[axis]}
     try:
-        return Layout(**kept, micro_batch=layout.micro_batch, recompute=layout.recompute, precision=layout.precision)
+        return Layout(
+            **kept,
+            micro_batch=layout.micro_batch,
+            recompute=layout.recompute,
+            recompute_parts=layout.recompute_parts,
+            recompute_layers=layout.recompute_layers,
+            precision=layout.precision,
+        )
     except ValueError:
         return None
 

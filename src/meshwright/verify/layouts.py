@@ -33,7 +33,7 @@ def modes(layout: Layout) -> frozenset[str]:
     if layout.zero:
         out.add(f"zero{layout.zero}" + ("x" if layout.zero_shard else ""))
     if layout.sp:
-        out.add("tp:sp")
+        out.add("tp:async" if layout.async_tp else "tp:sp")
     if layout.pp > 1:
         out.add(f"pp:{layout.schedule}")
     if layout.cp > 1:
@@ -97,12 +97,14 @@ def _draw(generator: random.Random, ranks: int, precision: Precision) -> Layout 
     fields = {axis: pick((1, 1, 2, 2, 4)) for axis in ("dp", "tp", "pp", "cp")}
     schedule = pick(SCHEDULES) if fields["pp"] > 1 else "1f1b"
     zero = pick((0, 0, 1, 2, 3))
+    sp = fields["tp"] > 1 and pick((True, False))
     try:
         layout = Layout(
             **fields,
             ep=pick((1, 1, 2, 4)),
             etp=pick((1, 1, 1, 2)),
-            sp=fields["tp"] > 1 and pick((True, False)),
+            sp=sp,
+            async_tp=sp and pick((True, False)),
             zero=zero,
             zero_shard=2 if zero and fields["dp"] == 4 and pick((True, False)) else None,
             schedule=schedule,
