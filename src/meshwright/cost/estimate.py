@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from meshwright.cost.adapt import as_practised, is_recomputed, with_gradients_of
 from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
 from meshwright.cost.kernels import Kernels
 from meshwright.cost.memory import StageMemory, passing_bytes, stage_memory, state_bytes
 from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
-from meshwright.cost.ops import Attention, Collective, Elementwise, Gemm, Op, Piece, Under
+from meshwright.cost.ops import PART, Attention, Collective, Elementwise, Gemm, Op, Piece, Under
+from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.program import Pieces, Place, Program, boundary, chunk_pieces, rank_program
 from meshwright.cost.timeline import ChunkSeconds, Timeline, play, play_end
 from meshwright.cost.traffic import step_collectives
@@ -20,7 +22,7 @@ from meshwright.schedule.orders import layout_order, wound_order
 from meshwright.schedule.stages import alike_stages
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.collectives import load_collective_constants
-from meshwright.spec.kernels import load_kernel_constants
+from meshwright.spec.kernels import KernelConstants, load_kernel_constants
 from meshwright.spec.layout import Layout
 from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt, refuse_unpriced
 from meshwright.spec.model import Model
@@ -160,13 +162,22 @@ _STATE_FIELDS = tuple(f.name for f in fields(Layout) if f.name != "micro_batch" 
 class Estimator:
     """Prices layouts of one model, cluster and workload; remembers what layouts share."""
 
-    def __init__(self, model: Model, cluster: Cluster, workload: Workload):
-        self.model, self.cluster, self.workload = model, cluster, workload
-        self.times = CollectiveTimes(cluster, load_collective_constants())
+    def __init__(
+        self,
+        model: Model,
+        cluster: Cluster,
+        workload: Workload,
+        practice: Practice = OWN,
+        constants: KernelConstants | None = None,
+    ):
+        self.model, self.cluster, self.workload, self.practice = model, cluster, workload, practice
+        self.constants = constants or load_kernel_constants()
+        self.times = CollectiveTimes(cluster, load_collective_constants(), practice.single_ring)
         self.flops = model_flops_per_token(model, workload.seq)
         given = cluster.accelerator.overhead_bytes
-        self.overhead = load_kernel_constants().overhead_bytes if given is None else given
+        self.overhead = self.constants.overhead_bytes if given is None else given
         self._seconds: dict[tuple[int, bool], tuple[Piece, Durations]] = {}
+        self._adapted: dict[tuple[object, ...], tuple[Piece, Piece]] = {}
         self._states: dict[tuple[object, ...], _State] = {}
 
     def estimate(self, layout: Layout) -> Estimate:
@@ -209,7 +220,8 @@ class Estimator:
         end = peak = floor = 0.0
         for members in alike_stages(self.model, layout):
             state = self._state(layout, members[0])
-            chunks = chunk_pieces(self.model, layout, self.workload.seq, Place(members[0]))
+            its = chunk_pieces(self.model, layout, self.workload.seq, Place(members[0]))
+            chunks = tuple(self._practised(chunk, layout) for chunk in its)
             pieces = tuple(piece for chunk in chunks for piece in chunk)
             each = [
                 self._passing(self.durations(c, layout, shared=False), state.passes.of_one(len(chunks))) for c in chunks
@@ -232,22 +244,42 @@ class Estimator:
         """What a stage's parameters cost, whatever the micro-batch: layouts that share it plan their buckets once."""
         key = (*(getattr(layout, name) for name in _STATE_FIELDS), stage)
         if key not in self._states:
-            program = rank_program(self.model, layout, self.workload, Place(stage))
+            program = with_gradients_of(
+                rank_program(self.model, layout, self.workload, Place(stage)), layout, self.practice.gradient_bytes
+            )
             self._states[key] = _State(
                 tuple(self.times.seconds(c) for c in program.gradient_reductions),
                 self._rest(program, layout),
                 self._passes(program, layout),
-                sum(state_bytes(program, layout).values()) + unit_buffer_bytes(program, layout),
+                self._state_bytes(program, layout) + unit_buffer_bytes(program, layout),
             )
         return self._states[key]
+
+    def _state_bytes(self, program: Program, layout: Layout) -> int:
+        held = state_bytes(program, layout, self.practice.gradient_bytes)
+        return held["parameters"] if self.practice.frozen else sum(held.values())
 
     def _programs(self, layout: Layout) -> list[Program]:
         """Each stage's program; stages that hold the same share one."""
         out: dict[int, Program] = {}
         for members in alike_stages(self.model, layout):
             program = rank_program(self.model, layout, self.workload, Place(members[0]))
+            program = with_gradients_of(program, layout, self.practice.gradient_bytes)
+            program = replace(program, chunks=tuple(self._practised(chunk, layout) for chunk in program.chunks))
             out |= dict.fromkeys(members, program)
         return [out[stage] for stage in range(layout.pp)]
+
+    def _practised(self, pieces: Pieces, layout: Layout) -> Pieces:
+        if self.practice == OWN:
+            return pieces
+        tokens = layout.micro_batch * self.workload.seq // layout.cp
+        out = []
+        for piece, repeat in pieces:
+            key = (id(piece), layout.tp, layout.sp, layout.recompute)
+            if key not in self._adapted:
+                self._adapted[key] = piece, as_practised(piece, self.practice, self.model, layout, tokens)
+            out.append((self._adapted[key][1], repeat))
+        return tuple(out)
 
     def check(self, layout: Layout) -> None:
         """Raise UserError when the layout cannot run this model and workload, or is not built yet."""
@@ -282,7 +314,7 @@ class Estimator:
 
     def _exposed_pass(self, sent: float, read: float, work: float) -> float:
         """Links to other ranks and to the host are busy at the same time, except where ranks share the cores that move the bytes."""
-        return max(0.0, max(sent, read) - work) if self.times.hides else sent + read
+        return self._beside(max(sent, read), work) if self.times.hides else sent + read
 
     def _links(self, layout: Layout) -> Links:
         return offload_links(self.cluster, layout, self.kernels(layout, shared=True).memory_bandwidth)
@@ -340,12 +372,13 @@ class Estimator:
 
     def kernels(self, layout: Layout, *, shared: bool) -> Kernels:
         active = min(layout.world, self.cluster.node.accelerators) if shared else 1
-        return Kernels(self.cluster, layout.precision, active)
+        return Kernels(self.cluster, layout.precision, active, self.practice, self.constants)
 
     def _piece_durations(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
         key = (id(piece), shared)
         if key not in self._seconds:
-            forward, backward = self._run(piece.forward, kernels), self._run(piece.backward, kernels)
+            host = [self._host_seconds(piece, ops, kernels) for ops in (piece.forward, piece.backward)]
+            forward, backward = self._run(piece.forward, kernels, host[0]), self._run(piece.backward, kernels, host[1])
             # The piece is kept beside its price, so that its id is not used again.
             self._seconds[key] = (
                 piece,
@@ -358,8 +391,15 @@ class Estimator:
             )
         return self._seconds[key][1]
 
-    def _run(self, ops: tuple[Op, ...], kernels: Kernels) -> tuple[float, float]:
-        """(seconds of computation, seconds of exposed communication) of `ops` in order."""
+    def _host_seconds(self, piece: Piece, ops: tuple[Op, ...], kernels: Kernels) -> float:
+        # Bounds add up parts of a layer: what one part waits for the host, another may compute.
+        return 0.0 if piece.name == PART else kernels.host_seconds(ops, is_recomputed(piece))
+
+    def _run(self, ops: tuple[Op, ...], kernels: Kernels, host: float) -> tuple[float, float]:
+        """(seconds of computation, seconds of exposed communication) of `ops` in order. `host`: seconds of starting them.
+
+        The host launches kernels while earlier ones run: where all of them take less than the launches, those are what lasts.
+        """
         compute = exposed = 0.0
         for op in ops:
             if isinstance(op, Gemm):
@@ -369,12 +409,19 @@ class Estimator:
             elif isinstance(op, Elementwise):
                 compute += kernels.elementwise(op)
             elif isinstance(op, Collective):
-                exposed += self.times.seconds(op)
+                exposed += self._exposed_in_line(op)
             else:
                 work = self._work(op, kernels)
                 compute += work
                 exposed += self._exposed(op, work)
-        return compute, exposed
+        return max(compute, host - exposed), exposed
+
+    def _exposed_in_line(self, op: Collective) -> float:
+        """Seconds of a collective between two products, of which all but a part can run in pieces beside them."""
+        seconds = self.times.seconds(op)
+        if not self.practice.overlaps_tensor or op.axis != "tp":
+            return seconds
+        return seconds / op.group_size + self.constants.beside * seconds * (1 - 1 / op.group_size)
 
     def _weight_seconds(self, ops: tuple[Op, ...], kernels: Kernels) -> float:
         products = [g for op in ops for g in (op.work if isinstance(op, Under) else (op,)) if isinstance(g, Gemm)]
@@ -385,7 +432,13 @@ class Estimator:
 
     def _exposed(self, op: Under, work: float) -> float:
         seconds = self.times.seconds(op.collective) * op.calls
-        return max(0.0, seconds - work) if self.times.hides else seconds
+        hides = self.times.hides and (self.practice.overlaps_dx or op.collective.op != "all_reduce")
+        return self._beside(seconds, work) if hides else seconds
+
+    def _beside(self, seconds: float, work: float) -> float:
+        """What communication of `seconds` adds to computation of `work` seconds that it runs beside: the part that does not fit,
+        and what the rest takes from the computation (processors and memory bandwidth)."""
+        return max(0.0, seconds - work) + self.constants.beside * min(seconds, work)
 
     def _step_end(self, program: Program, layout: Layout, d: Durations) -> float:
         """After the last backward: what is left of the gradient reduction, the step's other collectives, the optimizer."""
@@ -394,14 +447,21 @@ class Estimator:
 
     def _rest(self, program: Program, layout: Layout) -> float:
         """The step's other collectives, the optimizer, and what it waits for of offloaded state."""
-        sent = sum(self.times.seconds(c) for c in program.step_end) + self._exposed_update(program, layout)
+        if self.practice.frozen:
+            return 0.0
+        hidden = ("all_gather",) if self.practice.overlaps_gathers and self.times.hides else ()
+        sent = sum(self.times.seconds(c) for c in program.step_end if c.op not in hidden) + self._exposed_update(
+            program, layout
+        )
         return sent + self.kernels(layout, shared=True).elementwise(program.optimizer)
 
     def _exposed_reduction(self, reductions: Sequence[float], d: Durations) -> float:
         """All but the last bucket can run under the last micro-batch's backward."""
-        if not reductions or not self.times.hides:
+        if self.practice.frozen:
+            return 0.0
+        if not reductions or not self.times.hides or not self.practice.overlaps_gradients:
             return sum(reductions)
-        return max(reductions[-1], sum(reductions) - d.backward)
+        return max(reductions[-1], self._beside(sum(reductions), d.backward))
 
     def _collective_costs(
         self, programs: list[Program], layout: Layout, alone: list[Durations], exposed_sends: float

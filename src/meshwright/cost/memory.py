@@ -30,14 +30,17 @@ class StageMemory:
         return sum(self.categories.values())
 
 
-def state_bytes(program: Program, layout: Layout) -> dict[str, int]:
-    """Parameters, gradients and optimizer state on the device, and the buffers of what is offloaded, to the byte."""
+def state_bytes(program: Program, layout: Layout, gradient_bytes: int | None = None) -> dict[str, int]:
+    """Parameters, gradients and optimizer state on the device, and the buffers of what is offloaded, to the byte.
+
+    `gradient_bytes`: of an element, if not the engine's own.
+    """
     parameters = gradients = optimizer = 0
     for b in program.buckets:
         bytes_ = StateBytes.of(layout, cast=b.is_cast)
         if not keeps_parameters_away(b, layout):
             parameters += (b.owned if b.unit else b.numel) * bytes_.parameter
-        gradients += (b.owned if layout.zero >= 2 else b.numel) * bytes_.gradient
+        gradients += (b.owned if layout.zero >= 2 else b.numel) * (gradient_bytes or bytes_.gradient)
         optimizer += (b.owned * bytes_.optimizer if layout.offload == "none" else 0) + STEP_COUNTER_BYTES
     held = {"parameters": parameters, "gradients": gradients, "optimizer": optimizer}
     return held if layout.offload == "none" else held | {"offload": away(program, layout).working}

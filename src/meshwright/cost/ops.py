@@ -85,6 +85,10 @@ class Under:
 Op = Gemm | Attention | Elementwise | Collective | Under
 
 
+PART = "part"
+"""Name of a piece whose price is added to that of other pieces of the same layer (`planner/tables.py`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A part of the model (embedding, one layer, head) run for one micro-batch."""

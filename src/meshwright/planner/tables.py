@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from meshwright.cost.estimate import Durations, Estimator
-from meshwright.cost.ops import Piece
+from meshwright.cost.ops import PART, Piece
 from meshwright.cost.pieces import Part, Shapes, embedding_piece, experts, gated_mlp, head_piece, layer_piece
 from meshwright.planner.space import Floats, Ints, Local, Space
 from meshwright.spec.layout import Layout
@@ -115,12 +115,13 @@ def _add_experts(space: Space, estimator: Estimator, kinds: Sequence[Kind], whol
 def _part_figures(estimator: Estimator, part: Part, layout: Layout) -> Floats:
     """[forward, backward, weight, saved, crowded, again] of a part of a layer; `again` is forward without its communication: no more
     than what a full recompute repeats."""
-    found = _figures(estimator, Piece("part", part.forward, part.backward, part.saved), layout)
-    again = estimator.durations(((Piece("part", part.forward, (), 0), 1),), layout, shared=False).compute
+    found = _figures(estimator, Piece(PART, part.forward, part.backward, part.saved), layout)
+    again = estimator.durations(((Piece(PART, part.forward, (), 0), 1),), layout, shared=False).compute
     return np.array([*(found[name] for name in ("forward", "backward", "weight", "saved", "crowded")), again])
 
 
 def _figures(estimator: Estimator, piece: Piece, layout: Layout) -> dict[str, float]:
+    piece = replace(piece, name=PART)
     alone = estimator.durations(((piece, 1),), layout, shared=False)
     crowded = 0.0
     if estimator.cluster.node.compute_slots is not None:

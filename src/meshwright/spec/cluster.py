@@ -36,6 +36,10 @@ class ScaleUp(_Frozen):
     effective_bandwidth: Positive | None = None
     """What a ring collective reaches, where a source says so."""
     topology: str = "switch"
+    latency_share: Positive = 1.0
+    """Of the latencies of this kind of link (catalogue/collectives.yaml), where a measurement says otherwise."""
+    sums_in_switch: bool = False
+    """Whether the switches sum an all-reduce on its way (NVLink SHARP)."""
 
 
 class Accelerator(_Frozen):
@@ -44,6 +48,8 @@ class Accelerator(_Frozen):
     vendor: str
     memory_bytes: int = Field(gt=0)
     memory_bandwidth: Positive
+    processors: int | None = Field(default=None, ge=1)
+    """Streaming multiprocessors or compute units, which a product's tiles are dealt to. None: not known, or no such units."""
     peak_flops: dict[str, Positive]
     """Dense FLOP/s by precision name (a `PeakName`; int8 in integer operations/s). Absent: unknown or unsupported."""
     matmul_share: dict[str, Positive] = Field(default_factory=dict)
