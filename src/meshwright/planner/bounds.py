@@ -92,7 +92,11 @@ class ClosedForm:
             if not legal.any():
                 continue
             state = self._state(pipeline, sharding, stages, at[legal])
-            seconds = stages.bound(m, hop, legal, state, hides=self.estimator.times.hides)
+            passes = stages.forward[:, legal], stages.backward[:, legal]
+            added = state.gather, state.again
+            if self.estimator.times.hides:
+                added = self._beside(added[0], passes[0]), self._beside(added[1], passes[1])
+            seconds = stages.bound(m[legal], hop[legal], legal, passes[0] + passes[1] + added[0] + added[1])
             if self.estimator.cluster.node.compute_slots is not None and self.space.gpus > 1:
                 seconds = np.maximum(seconds, stages.crowded[legal] * m[legal] / pipeline.pp)
             bytes_ = passing[:, legal] + state.bytes + self.estimator.overhead
@@ -117,8 +121,13 @@ class ClosedForm:
         _, first, which = np.unique(keys, return_index=True, return_inverse=True)
         values = np.array([self._state_of(pipeline, sharding, stages, int(at[i])) for i in first.tolist()])
         gather, again, reduction, rest, bytes_ = values.transpose(2, 1, 0)[:, :, which]
-        hidden = stages.backward_of(at) if self.estimator.times.hides else 0.0
-        return _State(gather, again, (np.maximum(0.0, reduction - hidden) + rest).max(axis=0), bytes_)
+        if self.estimator.times.hides:
+            reduction = self._beside(reduction, stages.backward_of(at))
+        return _State(gather, again, (reduction + rest).max(axis=0), bytes_)
+
+    def _beside(self, seconds: Floats, work: Floats) -> Floats:
+        """As the estimator has it: what communication adds to computation that it runs beside."""
+        return np.asarray(np.maximum(0.0, seconds - work) + self.estimator.constants.beside * np.minimum(seconds, work))
 
     def _state_of(self, pipeline: Pipeline, sharding: Sharding, stages: _Stages, at: int) -> list[list[float]]:
         """For each kind of stage: seconds gathering for forward, and for backward with what is reduced there, of the gradients'
@@ -220,18 +229,12 @@ class _Stages:
         """[at]: seconds of all stages while every rank of the node computes."""
         return np.asarray(self.counts.sum(axis=0) @ self.tables.pieces["crowded"][:, self.at])
 
-    def bound(self, m: Ints, hop: Floats, legal: Bools, state: _State, *, hides: bool) -> Floats:
-        """Seconds of all micro-batches."""
-        forward, backward = self.forward[:, legal], self.backward[:, legal]
-        if hides:
-            forward, backward = np.maximum(forward, state.gather), np.maximum(backward, state.again)
-        else:
-            forward, backward = forward + state.gather, backward + state.again
-        travels = self.hops * hop[legal]
-        fill, drain = self.fill[:, legal] + travels, self.drain[:, legal] + travels
-        work = m[legal] * (forward + backward)
+    def bound(self, m: Ints, hop: Floats, legal: Bools, each: Floats) -> Floats:
+        """Seconds of all `m` micro-batches of those that are `legal`; `each`: of one through each kind of stage."""
+        travels = self.hops * hop
+        fill, drain, work = self.fill[:, legal] + travels, self.drain[:, legal] + travels, m * each
         if self.split:
-            return np.asarray((fill + np.maximum(work, work - m[legal] * self.weight[:, legal] + drain)).max(axis=0))
+            return np.asarray((fill + np.maximum(work, work - m * self.weight[:, legal] + drain)).max(axis=0))
         return np.asarray((fill + work + drain).max(axis=0))
 
     def backward_of(self, at: Ints) -> Floats:
