@@ -205,7 +205,8 @@ def test_async_tensor_parallel_sends_and_multiplies_what_sequence_parallel_does(
 def test_async_tensor_parallel_hides_what_fits_under_its_products() -> None:
     estimates = {mode: priced(f"tp4:{mode} dp2", model="llama-3-8b", seq=8192, batch=16) for mode in ("sp", "async")}
     exposed = {mode: e.breakdown["tp exposed"] for mode, e in estimates.items()}
-    assert exposed["async"] < exposed["sp"]
+    # What hides still takes its share from the products beside it.
+    assert exposed["async"] < exposed["sp"] * (0.5 + load_kernel_constants().beside / 2)
     assert estimates["async"].step_time_s < estimates["sp"].step_time_s
     (hops,) = (c for c in estimates["async"].collectives if c.op == "send")
     assert 0 < hops.exposed_s < hops.time_s

@@ -177,6 +177,7 @@ class Estimator:
         given = cluster.accelerator.overhead_bytes
         self.overhead = self.constants.overhead_bytes if given is None else given
         self._seconds: dict[tuple[int, bool], tuple[Piece, Durations]] = {}
+        self._kernels: dict[tuple[str, int], Kernels] = {}
         self._adapted: dict[tuple[object, ...], tuple[Piece, Piece]] = {}
         self._states: dict[tuple[object, ...], _State] = {}
 
@@ -372,7 +373,10 @@ class Estimator:
 
     def kernels(self, layout: Layout, *, shared: bool) -> Kernels:
         active = min(layout.world, self.cluster.node.accelerators) if shared else 1
-        return Kernels(self.cluster, layout.precision, active, self.practice, self.constants)
+        key = (layout.precision, active)
+        if key not in self._kernels:
+            self._kernels[key] = Kernels(self.cluster, layout.precision, active, self.practice, self.constants)
+        return self._kernels[key]
 
     def _piece_durations(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
         key = (id(piece), shared)
