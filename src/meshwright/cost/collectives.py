@@ -38,16 +38,32 @@ class CollectiveTimes:
             return constants.p2p_latency + c.bytes / (constants.p2p_share * self._line_rate(c))
         if c.op == "all_to_all":
             return max(constants.floors.get(c.op, 0.0), self._all_to_all(c))
-        wire = (WIRE_FACTOR[c.op] * (c.group_size - 1) + constants.copy_share) / c.group_size * c.bytes
-        steps, rate = WIRE_FACTOR[c.op] * (c.group_size - 1), self._ring_rate(c)
-        quickest = self._quickest(c, constants.protocols, steps, wire, rate)
-        if c.op == "all_reduce" and constants.in_switch and self.cluster.accelerator.scale_up.sums_in_switch:
-            base, gain = (
-                constants.in_switch.base_latency * self._latency_share(c),
-                constants.in_switch.gain_of(c.group_size),
-            )
-            quickest = min(quickest, base + wire / (gain * rate)) if gain > 1 else quickest
-        return max(constants.floors.get(c.op, 0.0), quickest)
+        quickest, in_switch = self._quickest_ring(c), self._in_switch(c)
+        return max(constants.floors.get(c.op, 0.0), quickest if in_switch is None else min(quickest, in_switch))
+
+    def is_summed_in_switch(self, c: Collective) -> bool:
+        """Whether the switches sum it on its way: where that is quicker than a ring."""
+        in_switch = self._in_switch(c) if c.op == "all_reduce" else None
+        return in_switch is not None and in_switch < self._quickest_ring(c)
+
+    def _quickest_ring(self, c: Collective) -> float:
+        steps = WIRE_FACTOR[c.op] * (c.group_size - 1)
+        protocols = self.constants.link(self.cluster, self.link(c)).protocols
+        return self._quickest(c, protocols, steps, self._wire(c), self._ring_rate(c))
+
+    def _wire(self, c: Collective) -> float:
+        """Bytes that a ring puts through each link, and what a rank's copy of its own part amounts to."""
+        copied = self.constants.link(self.cluster, self.link(c)).copy_share
+        return (WIRE_FACTOR[c.op] * (c.group_size - 1) + copied) / c.group_size * c.bytes
+
+    def _in_switch(self, c: Collective) -> float | None:
+        """Seconds of an all-reduce that the switches sum; None where they cannot, or nothing is gained."""
+        constants = self.constants.link(self.cluster, self.link(c)).in_switch
+        if c.op != "all_reduce" or constants is None or not self.cluster.accelerator.scale_up.sums_in_switch:
+            return None
+        gain = constants.gain_of(c.group_size)
+        base = constants.base_latency * self._latency_share(c)
+        return base + self._wire(c) / (gain * self._ring_rate(c)) if gain > 1 else None
 
     def _quickest(
         self, c: Collective, protocols: Mapping[str, RingProtocol], steps: float, wire: float, rate: float
