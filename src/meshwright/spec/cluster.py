@@ -114,7 +114,9 @@ class Fabric(_Frozen):
         if (self.kind == "none") != (self.transport == "none"):
             raise UserError(f"kind {self.kind} with transport {self.transport}: a fabric has both, or both are none")
         if self.pod_nodes is not None and (self.unit_nodes is None or self.pod_nodes % self.unit_nodes):
-            raise UserError(f"pod_nodes {self.pod_nodes} is not a multiple of unit_nodes {self.unit_nodes}: pods hold whole units")
+            raise UserError(
+                f"pod_nodes {self.pod_nodes} is not a multiple of unit_nodes {self.unit_nodes}: pods hold whole units"
+            )
         return self
 
 

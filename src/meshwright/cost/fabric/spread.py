@@ -37,18 +37,17 @@ class Spreading:
     share: float = 1.0
     """Of the links' rate that is reached where they are not."""
 
-    def excess(self, flows: NDArray[np.int64], links: int) -> Spreads:
-        """For each leaf with so many flows going up over `links` links: the fullest link's bytes over an even link's (at least 1).
+    def excess(self, flows: NDArray[np.int64], links: NDArray[np.int64]) -> Spreads:
+        """For each leaf with so many flows going up over so many links: the fullest link's bytes over an even link's (at least 1).
 
-        Where several leaves have as many flows, the worst of them counts, since a collective waits for all.
+        A collective waits for the worst of all leaves that send up, so each is dealt as often as there are such leaves.
         """
         if self.queue_pairs is None:
             return np.where(flows > 0, 1 / self.share, 1.0)
-        out = np.ones(len(flows))
-        for count in np.unique(flows[flows > 0]):
-            alike = flows == count
-            dealt = int(count) * self.queue_pairs
-            out[alike] = max_load(dealt, links, int(alike.sum())) / (dealt / links)
+        out, leaves = np.ones(len(flows)), int((flows > 0).sum())
+        for count, over in {(int(f), int(p)) for f, p in zip(flows, links, strict=True) if f > 0}:
+            dealt = count * self.queue_pairs
+            out[(flows == count) & (links == over)] = max_load(dealt, over, leaves) / (dealt / over)
         return out
 
 

@@ -36,6 +36,28 @@ Capacities = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
+class Links:
+    """What the links carry: as built, or with some lost."""
+
+    capacities: Capacities
+    uplinks: NDArray[np.int64]
+    """Parallel links of each leaf to the spines."""
+
+    def scaled(self, link_class: str, factor: float) -> Links:
+        """Every link of one class at `factor` times its rate."""
+        rates = {name: rate * factor if name == link_class else rate for name, rate in self.capacities.items()}
+        return Links(rates, self.uplinks)
+
+    def weakened(self, link_class: str, index: int, factor: float, uplinks: int = 0) -> Links:
+        """One link at `factor` times its rate; of a leaf, with `uplinks` fewer parallel links."""
+        rates, parallel = self.capacities[link_class].copy(), self.uplinks.copy()
+        rates[index] *= factor
+        if uplinks:
+            parallel[index] -= uplinks
+        return Links(self.capacities | {link_class: rates}, parallel)
+
+
+@dataclass(frozen=True)
 class Topology:
     """The links of `nodes` nodes of `cluster`."""
 
@@ -136,6 +158,11 @@ class Topology:
             pod = leaf * self.leaves_of_unit * self.pod_units / fabric.core_oversubscription
             out["core"] = np.full(self.pods, pod)
         return out
+
+    @property
+    def links(self) -> Links:
+        """As built, nothing lost."""
+        return Links(self.capacities, np.full(self.leaves, self.uplinks))
 
     def link_name(self, link_class: str, direction: int, index: int) -> str:
         """What a person calls the link: "node 3 gpu 2 NVLink4 out", "unit 0 leaf 5 up"."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
+from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.fabric.flows import load_collective
 from meshwright.cost.fabric.routes import Loads, Router
@@ -39,11 +40,14 @@ Traffic = dict[Kind, Loads]
 
 @dataclass(frozen=True)
 class Sends:
-    """All that the ranks of some stages send of one kind in a step: `bytes` a rank, over all calls."""
+    """All that the ranks of some stages send of one kind in a step, over all calls."""
 
     kind: Kind
     stages: tuple[int, ...]
     bytes: int
+    """Of one rank."""
+    seconds: float
+    """That the estimator takes for them beyond latency."""
 
 
 def step_sends(estimator: Estimator, layout: Layout) -> tuple[Sends, ...]:
@@ -53,20 +57,25 @@ def step_sends(estimator: Estimator, layout: Layout) -> tuple[Sends, ...]:
     divide), others send up to a row less.
     """
     estimator.check(layout)
-    m = micro_batches(layout, estimator.workload)
-    out: dict[tuple[Kind, int], list[int]] = {}
+    m, times = micro_batches(layout, estimator.workload), estimator.times
+    out: dict[tuple[Kind, int, float], list[int]] = {}
     for stage, program in enumerate(estimator.programs(layout)):
-        totals: dict[Kind, int] = {}
-        for c, times in step_collectives(program, m):
+        totals: dict[Kind, tuple[int, float]] = {}
+        for c, calls in step_collectives(program, m):
             # What crosses stages is the same call on each of them: the first stage stands for all.
             if c.axis == "pp" and c.op != "send" and stage > 0:
                 continue
-            in_switch = c.op == "all_reduce" and estimator.times.is_summed_in_switch(c)
-            kind = Kind(c.axis, c.op, c.group_size, c.stride, in_switch)
-            totals[kind] = totals.get(kind, 0) + times * c.bytes
-        for kind, nbytes in totals.items():
-            out.setdefault((kind, nbytes), []).append(stage)
-    return tuple(Sends(kind, tuple(stages), nbytes) for (kind, nbytes), stages in out.items())
+            kind = Kind(c.axis, c.op, c.group_size, c.stride, times.is_summed_in_switch(c))
+            nbytes, seconds = totals.get(kind, (0, 0.0))
+            totals[kind] = nbytes + calls * c.bytes, seconds + calls * transfer_seconds(times, c)
+        for kind, total in totals.items():
+            out.setdefault((kind, *total), []).append(stage)
+    return tuple(Sends(kind, tuple(stages), nbytes, seconds) for (kind, nbytes, seconds), stages in out.items())
+
+
+def transfer_seconds(times: CollectiveTimes, c: Collective) -> float:
+    """What of a collective's time its bytes take: as many again would add as much. Nothing where a latency hides them."""
+    return times.seconds(replace(c, bytes=2 * c.bytes)) - times.seconds(c)
 
 
 def step_traffic(sends: tuple[Sends, ...], model: Model, layout: Layout, router: Router) -> Traffic:
@@ -77,9 +86,7 @@ def step_traffic(sends: tuple[Sends, ...], model: Model, layout: Layout, router:
         if sent.kind.axis == "pp" and sent.kind.op == "send":
             loads.add(_boundary_loads(sent, model, layout, router))
         else:
-            loads.add(
-                load_collective(router, sent.kind.op, sent.kind.in_switch, _groups(sent, layout), float(sent.bytes))
-            )
+            loads.add(load_collective(router, sent.kind.op, sent.kind.in_switch, _groups(sent, layout), float(sent.bytes)))
     return out
 
 
