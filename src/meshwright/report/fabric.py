@@ -34,7 +34,10 @@ def _headline(v: FabricView) -> RenderableType:
     table.add_row("fabric", _fabric(v))
     slowed = ", ".join(f"{name} {factor:.3g} times" for name, factor in v.slowed.items())
     longer = f"; bytes take longer: {slowed}" if slowed else ""
-    table.add_row("step", f"{seconds(v.step_s)}, {_more(v.step_s, v.estimated_step_s)} of {seconds(v.estimated_step_s)} without the tiers{longer}")
+    table.add_row(
+        "step",
+        f"{seconds(v.step_s)}, {_more(v.step_s, v.estimated_step_s)} of {seconds(v.estimated_step_s)} without the tiers{longer}",
+    )
     for what, use in (("hottest link", v.hottest()), ("between nodes", v.hottest(between_nodes=True))):
         if use is not None:
             table.add_row(what, f"{use.busiest}: {size(use.busiest_bytes)} a step, busy {percent(use.busy)} of it")

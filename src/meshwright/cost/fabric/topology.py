@@ -162,7 +162,7 @@ class Topology:
     @property
     def links(self) -> Links:
         """As built, nothing lost."""
-        return Links(self.capacities, np.full(self.leaves, self.uplinks))
+        return Links(self.capacities, np.full(self.leaves, self.uplinks if self.has_network else 0))
 
     def link_name(self, link_class: str, direction: int, index: int) -> str:
         """What a person calls the link: "node 3 gpu 2 NVLink4 out", "unit 0 leaf 5 up"."""
