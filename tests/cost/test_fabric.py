@@ -23,7 +23,7 @@ from meshwright.cost.fabric.flows import load_collective
 from meshwright.cost.fabric.graph import graphml, loaded_graph
 from meshwright.cost.fabric.price import busy_seconds
 from meshwright.cost.fabric.routes import Loads, Router
-from meshwright.cost.fabric.spread import EVEN, adaptive, hashed, max_load
+from meshwright.cost.fabric.spread import EVEN, adaptive, hashed, load_odds, max_load
 from meshwright.cost.fabric.topology import Topology, place
 from meshwright.cost.fabric.traffic import by_axis, step_sends
 from meshwright.cost.fabric.whatif import Wired, rank_orders, tolerated, what_if
@@ -275,14 +275,29 @@ def test_fullest_link_by_enumeration(flows: int, links: int) -> None:
 
 
 def test_many_flows_are_filled_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = max_load.__wrapped__(2000, 64, 8)
+    exact = max_load(2000, 64, 8)
     monkeypatch.setattr("meshwright.cost.fabric.spread.MANY_FLOWS", 10)
-    assert max_load.__wrapped__(2000, 64, 8) == pytest.approx(exact, rel=0.01)
+    load_odds.cache_clear()
+    assert max_load(2000, 64, 8) == pytest.approx(exact, rel=0.01)
+    load_odds.cache_clear()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3), st.floats(0.1, 9)), min_size=1, max_size=3))
+def test_slowest_leaf_by_enumeration(leaves: list[tuple[int, int, float]]) -> None:
+    """Every deal of every leaf's flows; a flow is a leaf's seconds, were its links even, over its flows, times its links."""
+    flows, links, even = (np.array(each) for each in zip(*leaves, strict=True))
+
+    def times(f: int, p: int, seconds: float) -> list[float]:
+        deals = product(range(p), repeat=f)
+        return [max(deal.count(link) for link in range(p)) * seconds * p / f for deal in deals] if f else [0.0]
+
+    latest = [max(each) for each in product(*(times(*leaf) for leaf in leaves))]
+    assert hashed(1).slowest_leaf(even, flows, links) == pytest.approx(sum(latest) / len(latest))
 
 
 def test_more_queue_pairs_and_more_links_collide_less() -> None:
-    flows, links = np.array([32]), np.array([32])
-    steps = [float(way.excess(flows, links)[0]) for way in (*map(hashed, (1, 2, 4, 8, 16)), adaptive())]
+    steps = [way.excess(32, 32) for way in (*map(hashed, (1, 2, 4, 8, 16)), adaptive())]
     assert steps == sorted(steps, reverse=True)
     assert steps[0] == pytest.approx(3.53, abs=0.01)
     assert 1 / steps[2] == pytest.approx(0.46, abs=0.005)

@@ -32,12 +32,10 @@ def _headline(v: FabricView) -> RenderableType:
     table.add_column(style="bold")
     table.add_column()
     table.add_row("fabric", _fabric(v))
-    slowed = ", ".join(f"{name} {factor:.3g} times" for name, factor in v.slowed.items())
-    longer = f"; bytes take longer: {slowed}" if slowed else ""
-    table.add_row(
-        "step",
-        f"{seconds(v.step_s)}, {_more(v.step_s, v.estimated_step_s)} of {seconds(v.estimated_step_s)} without the tiers{longer}",
-    )
+    estimated = seconds(v.estimated_step_s)
+    table.add_row("step", f"{seconds(v.step_s)}, {_more(v.step_s, v.estimated_step_s)} over the {estimated} of `estimate`")
+    if v.slowed:
+        table.add_row("bytes take", ", ".join(f"{factor:.3g} times as long: {name}" for name, factor in v.slowed.items()))
     for what, use in (("hottest link", v.hottest()), ("between nodes", v.hottest(between_nodes=True))):
         if use is not None:
             table.add_row(what, f"{use.busiest}: {size(use.busiest_bytes)} a step, busy {percent(use.busy)} of it")
@@ -99,7 +97,7 @@ def _uses(v: FabricView) -> RenderableType:
 
 def _spreads(v: FabricView) -> RenderableType:
     one = v.spreads[0]
-    title = f"how flows find a spine: at most {one.flows} at once from a leaf of {one.uplinks} uplinks"
+    title = f"up to {one.flows} flows of a leaf on {one.uplinks} uplinks"
     table = _table(title, ("spreading",), ("slowest flow's share", "step", "slower"))
     for each in v.spreads:
         table.add_row(each.name, percent(each.share), seconds(each.step_s), _more(each.step_s, v.estimated_step_s))

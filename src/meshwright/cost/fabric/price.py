@@ -39,12 +39,10 @@ class SlowedTimes(CollectiveTimes):
 
 def busy_seconds(loads: Loads, links: Links, spreading: Spreading = EVEN) -> dict[str, float]:
     """Seconds that the fullest link of each class takes for `loads`."""
-    out = {}
-    for name, capacity in links.capacities.items():
-        seconds = loads.of[name] / capacity
-        if name == "leaf":
-            seconds = seconds * spreading.excess(loads.crossing, links.uplinks)
-        out[name] = float(seconds.max(initial=0.0))
+    out = {name: float((loads.of[name] / capacity).max(initial=0.0)) for name, capacity in links.capacities.items()}
+    if "leaf" in out:
+        up = loads.of["leaf"][0] / links.capacities["leaf"]
+        out["leaf"] = max(out["leaf"], spreading.slowest_leaf(up, loads.crossing, links.uplinks))
     return out
 
 

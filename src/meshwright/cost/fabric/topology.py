@@ -82,25 +82,32 @@ class Topology:
         """Cables of one rail of one node; a last one that not every rail has is left out."""
         return self.cluster.node.nics // self.rails
 
+    @property
+    def _leaf_nics(self) -> int:
+        """NICs of a node on one leaf."""
+        return self.nics_of_rail if self.is_rail_optimised else self.cluster.node.nics
+
     @cached_property
-    def ports_down(self) -> int:
-        """NICs that one leaf holds."""
+    def half_switch(self) -> int:
+        """NICs that half the ports of a switch hold (R / 2). Where the cluster gives units, its leaves are so filled."""
         node, unit = self.cluster.node, self.cluster.fabric.unit_nodes
-        each = self.nics_of_rail if self.is_rail_optimised else node.nics
         if unit is not None:
-            return unit * each
-        half = int(load_fabric_constants().switch_bandwidth.value / node.nic_bandwidth) // 2
-        return max(1, half // each) * each
+            return unit * self._leaf_nics
+        return int(load_fabric_constants().switch_bandwidth.value / node.nic_bandwidth) // 2
 
     @cached_property
     def unit_nodes(self) -> int:
-        """Nodes under one set of leaves. Where the cluster does not say: what half a switch's ports hold, in whole domains."""
+        """Nodes under one set of leaves. Where the cluster does not say: as many whole domains as half a switch holds."""
         node, fabric = self.cluster.node, self.cluster.fabric
         if fabric.unit_nodes is not None:
             return fabric.unit_nodes
-        held = self.ports_down // (self.nics_of_rail if self.is_rail_optimised else node.nics)
         domain = max(1, fabric.domain // node.accelerators)
-        return max(1, held // domain) * domain
+        return max(1, self.half_switch // self._leaf_nics // domain) * domain
+
+    @property
+    def ports_down(self) -> int:
+        """NICs on one leaf."""
+        return self.unit_nodes * self._leaf_nics
 
     @property
     def units(self) -> int:
@@ -124,7 +131,7 @@ class Topology:
         """Units whose leaves share spines."""
         if self.cluster.fabric.pod_nodes is not None:
             return self.cluster.fabric.pod_nodes // self.unit_nodes
-        return self.units if self.leaves <= 2 * self.ports_down else max(1, self.ports_down // self.leaves_of_unit)
+        return self.units if self.leaves <= 2 * self.half_switch else max(1, self.half_switch // self.leaves_of_unit)
 
     @property
     def pods(self) -> int:
@@ -134,7 +141,7 @@ class Topology:
     def spines(self) -> int:
         """Of all pods."""
         up = self.leaves * self.uplinks
-        return ceil(up / (self.ports_down if self.pods > 1 else 2 * self.ports_down)) if self.has_network else 0
+        return ceil(up / (self.half_switch if self.pods > 1 else 2 * self.half_switch)) if self.has_network else 0
 
     @property
     def cores(self) -> int:

@@ -243,7 +243,7 @@ def _spreads(wired: Wired) -> list[Spread]:
     flows, uplinks = int(most.crossing.max()), wired.placement.topology.uplinks
     out = []
     for spreading in (*(hashed(pairs) for pairs in QUEUE_PAIRS), adaptive()):
-        excess = float(spreading.excess(np.array([flows]), np.array([uplinks]))[0])
+        excess = spreading.excess(flows, uplinks)
         out.append(
             Spread(spreading.name, flows, uplinks, _share(spreading, excess, flows, uplinks), wired.step(None, spreading))
         )
