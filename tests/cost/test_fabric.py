@@ -81,6 +81,16 @@ def test_domains_are_filled_with_whole_groups() -> None:
     assert list(place(rack, parse_layout("dp20 tp8:sp mb1")).slot[[71, 72]]) == [71, 72]
 
 
+@pytest.mark.parametrize(("per_node", "domain"), [(8, 8), (3, 2), (4, 12), (8, 2)])
+def test_shuffled_nodes_keep_their_ranks(per_node: int, domain: int) -> None:
+    given, layout = cluster(per_node=per_node, domain=domain), Layout(dp=48)
+    usual, shuffled = place(given, layout), place(given, layout, seed=3)
+    assert len(set(shuffled.slot.tolist())) == 48
+    assert shuffled.slot.tolist() != usual.slot.tolist()
+    together = [[places.domain[a] == places.domain[a + 1] for a in range(47)] for places in (usual, shuffled)]
+    assert together[0] == together[1]
+
+
 # --- routes
 
 
@@ -263,6 +273,21 @@ def test_pods_of_llama_3() -> None:
         assert busy == pytest.approx(share, rel=near)
 
 
+def test_a_large_all_reduce_is_summed_in_the_switch_and_a_small_one_is_not() -> None:
+    """Of 134 MB, NVLS is the quicker on eight H100; of a few bytes, a ring of low latency (`cost/collectives.py`)."""
+    its = wired(H100, "dp4 tp8 mb1", "llama-3-70b", batch=64, seq=8192)
+    ways = {sent.kind.in_switch: sent.bytes for sent in its.sends if (sent.kind.axis, sent.kind.op) == ("tp", "all_reduce")}
+    assert ways[True] > ways[False]
+    sum_in_switch = next(loads for kind, loads in its.traffic.items() if kind.in_switch)
+    assert sum_in_switch.of["scale-up"].max() == pytest.approx(ways[True] * (1 + 1 / 8))
+
+
+def test_what_crosses_stages_is_counted_once() -> None:
+    its = wired(H100, "dp2 tp8 pp4 mb1", batch=64)
+    across = [sent for sent in its.sends if (sent.kind.axis, sent.kind.op) == ("pp", "all_reduce")]
+    assert [(sent.stages, sent.bytes) for sent in across] == [((0,), 16)]
+
+
 # --- sharing links
 
 
@@ -272,6 +297,12 @@ def test_fullest_link_by_enumeration(flows: int, links: int) -> None:
     assert max_load(flows, links) == pytest.approx(sum(deals) / len(deals), rel=1e-9)
     pairs = [max(a, b) for a, b in product(deals, repeat=2)]
     assert max_load(flows, links, 2) == pytest.approx(sum(pairs) / len(pairs), rel=1e-9)
+
+
+def test_alike_leaves_are_waited_for_alike() -> None:
+    """Five leaves of 8 flows over 4 links, 1 s were they even: 2 flows of half a second each on a link."""
+    seconds = hashed(1).slowest_leaf(np.ones(5), np.full(5, 8), np.full(5, 4))
+    assert seconds == pytest.approx(max_load(8, 4, 5) / 2)
 
 
 def test_many_flows_are_filled_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +380,13 @@ def test_oversubscription_slows_what_crosses_and_its_limit_is_where_it_says() ->
     assert limit is not None
     assert its.step(its.links.scaled("leaf", 1 / limit)) <= its.step() * 1.01
     assert its.step(its.links.scaled("leaf", 1 / limit / 1.02)) > its.step() * 1.01
+
+
+def test_twice_oversubscribed_takes_twice_as_long() -> None:
+    """Every NIC sends to the next stage in another unit: half the uplinks, half the rate."""
+    given = cluster(nodes=1, oversubscription=2.0)
+    slowed = {(kind.axis, kind.op): factor for kind, factor in wired(given, "tp2 pp4 mb1").slowed().items()}
+    assert slowed["pp", "send"] == pytest.approx(2.0, rel=1e-6)
 
 
 def test_nothing_crosses_a_leaf_that_holds_all() -> None:

@@ -27,7 +27,7 @@ def rows(ranks: Ranks) -> list[tuple[int, ...]]:
     return sorted(tuple(int(rank) for rank in row) for row in ranks)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(layouts(), st.sets(st.sampled_from(DENSE_AXES), min_size=1))
 def test_joint_groups_are_those_of_the_grid(layout: Layout, axes: set[str]) -> None:
     grid = Grid(layout)
@@ -36,7 +36,7 @@ def test_joint_groups_are_those_of_the_grid(layout: Layout, axes: set[str]) -> N
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(layouts(), st.sets(st.sampled_from(("etp", "ep", "edp")), min_size=1))
 def test_expert_groups_are_those_of_the_grid(layout: Layout, axes: set[str]) -> None:
     grid = Grid(layout)
@@ -45,7 +45,7 @@ def test_expert_groups_are_those_of_the_grid(layout: Layout, axes: set[str]) -> 
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(layouts())
 def test_stages_are_those_of_the_grid(layout: Layout) -> None:
     ranks = groups(layout, DENSE_AXES)[0]

@@ -128,7 +128,7 @@ class CollectiveTimes:
         """Bytes/s through each rank of a ring over the group.
 
         Across nodes the ring enters and leaves a node over the NICs of all its members there, at most as fast as the
-        scale-up links carry it on (fabric.md 1.1). Leaf oversubscription divides what leaves the unit.
+        scale-up links carry it on (fabric.md 1.1). What leaves share beyond the NICs is priced by `cost/fabric`.
         """
         links, constants = (
             self.cluster.accelerator.scale_up,

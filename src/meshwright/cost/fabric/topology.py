@@ -79,20 +79,20 @@ class Topology:
 
     @property
     def nics_of_rail(self) -> int:
-        """Cables of one rail of one node; a last one that not every rail has is left out."""
+        """Cables of one rail of one node, whole ones: six NICs for four accelerators are one and a half each."""
         return self.cluster.node.nics // self.rails
 
     @property
-    def _leaf_nics(self) -> int:
+    def _leaf_nics(self) -> float:
         """NICs of a node on one leaf."""
-        return self.nics_of_rail if self.is_rail_optimised else self.cluster.node.nics
+        return self.cluster.node.nics / self.leaves_of_unit
 
     @cached_property
     def half_switch(self) -> int:
         """NICs that half the ports of a switch hold (R / 2). Where the cluster gives units, its leaves are so filled."""
         node, unit = self.cluster.node, self.cluster.fabric.unit_nodes
         if unit is not None:
-            return unit * self._leaf_nics
+            return round(unit * self._leaf_nics)
         return int(load_fabric_constants().switch_bandwidth.value / node.nic_bandwidth) // 2
 
     @cached_property
@@ -102,12 +102,12 @@ class Topology:
         if fabric.unit_nodes is not None:
             return fabric.unit_nodes
         domain = max(1, fabric.domain // node.accelerators)
-        return max(1, self.half_switch // self._leaf_nics // domain) * domain
+        return max(1, int(self.half_switch / self._leaf_nics) // domain) * domain
 
     @property
     def ports_down(self) -> int:
         """NICs on one leaf."""
-        return self.unit_nodes * self._leaf_nics
+        return round(self.unit_nodes * self._leaf_nics)
 
     @property
     def units(self) -> int:
@@ -157,7 +157,7 @@ class Topology:
             return out
         if self.cluster.accelerator.host_bandwidth is not None:
             out["pcie"] = np.full(accelerators, self.cluster.accelerator.host_bandwidth)
-        out["nic"] = np.full(self.nodes * self.rails, self.nics_of_rail * node.nic_bandwidth)
+        out["nic"] = np.full(self.nodes * self.rails, node.nics / self.rails * node.nic_bandwidth)
         leaf = self.ports_down * node.nic_bandwidth / fabric.oversubscription
         if self.leaves > 1:
             out["leaf"] = np.full(self.leaves, leaf)
@@ -224,9 +224,8 @@ def place(cluster: Cluster, layout: Layout, seed: int | None = None) -> Placemen
     used = domain // block * block if layout.world > domain else domain
     at, offset = np.divmod(np.arange(layout.world), used)
     if seed is not None:
-        hosts = ceil((int(at[-1]) + 1) * domain / max(domain, node))
         whole = max(domain, node) // domain
-        shuffled = np.random.default_rng(seed).permutation(hosts)
+        shuffled = np.random.default_rng(seed).permutation(int(at[-1]) // whole + 1)
         at = shuffled[at // whole] * whole + at % whole
     slot = at * domain + offset
     return Placement(Topology(cluster, int(slot.max()) // node + 1), slot)
