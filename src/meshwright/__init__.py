@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meshwright.api import estimate, plan
+    from meshwright.api import estimate, fabric, plan
 
 __version__ = "0.1.0"
-__all__ = ["estimate", "plan"]
+__all__ = ["estimate", "fabric", "plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ e.mfu, e.tokens_per_s, e.as_dict()
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from meshwright.cost.economics import Bill
@@ -26,6 +26,7 @@ from meshwright.spec.notation import parse_layout
 from meshwright.spec.workload import Workload
 
 if TYPE_CHECKING:
+    from meshwright.cost.fabric.view import FabricView
     from meshwright.planner.search import Plan
 
 
@@ -47,6 +48,33 @@ def estimate(
     if gpus is not None:
         check_world(parsed, gpus)
     return Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch)).estimate(parsed)
+
+
+def fabric(
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    layout: str | Layout,
+    seq: int,
+    global_batch: int,
+    gpus: int | None = None,
+    what_if: Sequence[str] = (),
+    orders: bool = False,
+    slower: float = 0.01,
+    queue_pairs: int | None = None,
+) -> FabricView:
+    """What a layout puts on the links of the cluster, and what they make of its step; first arguments as in `estimate`.
+
+    `what_if`: any of lose-link, lose-nic, slow-gpu=SHARE, shuffle-nodes; `orders`: try every rank order; `slower`: the share of the
+    step that a tolerated oversubscription may cost; `queue_pairs`: of a connection, where the fabric hashes flows to links.
+    """
+    from meshwright.cost.fabric.view import view_fabric  # needs NumPy
+
+    parsed = parse_layout(layout) if isinstance(layout, str) else layout
+    if gpus is not None:
+        check_world(parsed, gpus)
+    estimator = Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch))
+    return view_fabric(estimator, parsed, what_ifs=tuple(what_if), orders=orders, slower=slower, queue_pairs=queue_pairs)
 
 
 def balance(*, model: str | Model, cluster: str | Cluster, layout: str | Layout, seq: int, global_batch: int) -> Balanced:

@@ -16,11 +16,15 @@ WIRE_FACTOR = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 """Times (n-1)/n of the bytes: what a ring puts through each link (nccl-tests, doc/PERFORMANCE.md)."""
 
 
+Lines = tuple[tuple[float, float], ...]
+"""(seconds, seconds a byte) of each way to do a collective."""
+
+
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Seconds of a collective as a function of its bytes: of the quickest of `lines` (seconds, seconds a byte), at least `floor`."""
+    """Seconds of a collective as a function of its bytes: those of the quickest of `lines`, at least `floor`."""
 
-    lines: tuple[tuple[float, float], ...]
+    lines: Lines
     floor: float = 0.0
 
     def seconds(self, nbytes: int) -> float:
@@ -56,18 +60,32 @@ class CollectiveTimes:
         floor = constants.floors.get(c.op, 0.0)
         if c.op == "all_to_all":
             return Curve(self._all_to_all(c), floor)
-        steps, rate = WIRE_FACTOR[c.op] * (c.group_size - 1), self._ring_rate(c)
-        wire = (steps + constants.copy_share) / c.group_size
-        lines = self._protocols(c, constants.protocols, steps, wire / rate)
-        if c.op == "all_reduce" and constants.in_switch and self.cluster.accelerator.scale_up.sums_in_switch:
-            base, gain = constants.in_switch.base_latency, constants.in_switch.gain_of(c.group_size)
-            if gain > 1:
-                lines = (*lines, (base * self._latency_share(c), wire / (gain * rate)))
-        return Curve(lines, floor)
+        return Curve((*self._rings(c), *self._in_switch(c)), floor)
 
-    def _protocols(
-        self, c: Collective, protocols: Mapping[str, RingProtocol], steps: float, slope: float
-    ) -> tuple[tuple[float, float], ...]:
+    def is_summed_in_switch(self, c: Collective) -> bool:
+        """Whether the switches sum it on its way: where that is quicker than a ring."""
+        in_switch = self._in_switch(c)
+        return bool(in_switch) and Curve(in_switch).seconds(c.bytes) < Curve(self._rings(c)).seconds(c.bytes)
+
+    def _rings(self, c: Collective) -> Lines:
+        protocols = self.constants.link(self.cluster, self.link(c)).protocols
+        return self._protocols(c, protocols, WIRE_FACTOR[c.op] * (c.group_size - 1), self._wire(c) / self._ring_rate(c))
+
+    def _wire(self, c: Collective) -> float:
+        """Of a byte: what a ring puts through each link, and what a rank's copy of its own part amounts to."""
+        copied = self.constants.link(self.cluster, self.link(c)).copy_share
+        return (WIRE_FACTOR[c.op] * (c.group_size - 1) + copied) / c.group_size
+
+    def _in_switch(self, c: Collective) -> Lines:
+        """Of an all-reduce that the switches sum; empty where they cannot, or nothing is gained."""
+        constants = self.constants.link(self.cluster, self.link(c)).in_switch
+        if c.op != "all_reduce" or constants is None or not self.cluster.accelerator.scale_up.sums_in_switch:
+            return ()
+        gain = constants.gain_of(c.group_size)
+        base = constants.base_latency * self._latency_share(c)
+        return ((base, self._wire(c) / (gain * self._ring_rate(c))),) if gain > 1 else ()
+
+    def _protocols(self, c: Collective, protocols: Mapping[str, RingProtocol], steps: float, slope: float) -> Lines:
         """Of each protocol: its steps in turn, each at the latency of the link, and the bytes at their share of the rate."""
         share = self._latency_share(c)
         return tuple(
@@ -77,7 +95,7 @@ class CollectiveTimes:
     def _latency_share(self, c: Collective) -> float:
         return self.cluster.accelerator.scale_up.latency_share if self.link(c) == "scale-up" else 1.0
 
-    def _all_to_all(self, c: Collective) -> tuple[tuple[float, float], ...]:
+    def _all_to_all(self, c: Collective) -> Lines:
         """Each rank sends the members of its own domain their parts over scale-up links, and all others theirs through its own share
         of the NICs, both at once (fabric.md 1.4)."""
         links, together = self.cluster.accelerator.scale_up, self._members(c)
@@ -127,7 +145,7 @@ class CollectiveTimes:
         """Bytes/s through each rank of a ring over the group.
 
         Across nodes the ring enters and leaves a node over the NICs of all its members there, at most as fast as the
-        scale-up links carry it on (fabric.md 1.1). Leaf oversubscription divides what leaves the unit.
+        scale-up links carry it on (fabric.md 1.1). What leaves share beyond the NICs is priced by `cost/fabric`.
         """
         links, constants = (
             self.cluster.accelerator.scale_up,

@@ -169,10 +169,11 @@ class Estimator:
         workload: Workload,
         practice: Practice = OWN,
         constants: KernelConstants | None = None,
+        times: CollectiveTimes | None = None,
     ):
         self.model, self.cluster, self.workload, self.practice = model, cluster, workload, practice
         self.constants = constants or load_kernel_constants()
-        self.times = CollectiveTimes(cluster, load_collective_constants(), practice.single_ring)
+        self.times = times or CollectiveTimes(cluster, load_collective_constants(), practice.single_ring)
         self.flops = model_flops_per_token(model, workload.seq)
         given = cluster.accelerator.overhead_bytes
         self.overhead = self.constants.overhead_bytes if given is None else given
@@ -187,7 +188,7 @@ class Estimator:
         m = micro_batches(layout, self.workload)
         schedule, wound = layout_order(layout, m), wound_order(layout.schedule, layout.pp, m, layout.chunks)
         kinds = [(members[0], len(members)) for members in alike_stages(self.model, layout)]
-        programs = self._programs(layout)
+        programs = self.programs(layout)
         memory = tuple(stage_memory(p, layout, schedule, stage, self.overhead) for stage, p in enumerate(programs))
         send = self.send_seconds(layout)
         alone = [self._passing(self.durations(p.pieces, layout, shared=False), self._passes(p, layout)) for p in programs]
@@ -260,7 +261,7 @@ class Estimator:
         held = state_bytes(program, layout, self.practice.gradient_bytes)
         return held["parameters"] if self.practice.frozen else sum(held.values())
 
-    def _programs(self, layout: Layout) -> list[Program]:
+    def programs(self, layout: Layout) -> list[Program]:
         """Each stage's program; stages that hold the same share one."""
         out: dict[int, Program] = {}
         for members in alike_stages(self.model, layout):

@@ -104,11 +104,19 @@ class Fabric(_Frozen):
     """Nodes under one set of leaf switches (a scalable unit)."""
     oversubscription: float = Field(default=1.0, ge=1.0)
     """Down capacity over up capacity at the leaf."""
+    pod_nodes: int | None = Field(default=None, ge=1)
+    """Nodes that reach each other without the core, a multiple of `unit_nodes`. None: what two tiers of the leaf's switch hold."""
+    core_oversubscription: float = Field(default=1.0, ge=1.0)
+    """What a pod's leaves send up over what its spines send on to the core."""
 
     @model_validator(mode="after")
     def _kind_has_transport(self) -> Self:
         if (self.kind == "none") != (self.transport == "none"):
             raise UserError(f"kind {self.kind} with transport {self.transport}: a fabric has both, or both are none")
+        if self.pod_nodes is not None and (self.unit_nodes is None or self.pod_nodes % self.unit_nodes):
+            raise UserError(
+                f"pod_nodes {self.pod_nodes} is not a multiple of unit_nodes {self.unit_nodes}: pods hold whole units"
+            )
         return self
 
 
