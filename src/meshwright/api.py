@@ -9,15 +9,17 @@ e.mfu, e.tokens_per_s, e.as_dict()
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from meshwright.cost.economics import Bill
 from meshwright.cost.estimate import Estimate, Estimator
+from meshwright.cost.practice import Attention, Practice
 from meshwright.planner.bill import Terms, training_bill
+from meshwright.planner.rules.case import Habits
 from meshwright.planner.stages import Balanced, balance_stages
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.cluster import Cluster
-from meshwright.spec.errors import UserError
+from meshwright.spec.errors import UserError, choices
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.layout import Layout, Precision
 from meshwright.spec.legality import check_world
@@ -26,6 +28,7 @@ from meshwright.spec.notation import parse_layout
 from meshwright.spec.workload import Workload
 
 if TYPE_CHECKING:
+    from meshwright.planner.lint import Linted
     from meshwright.planner.search import Plan
 
 
@@ -89,6 +92,45 @@ def plan(
         raise UserError(f"gpus must be at least 1, got {gpus}")
     workload = Workload(seq, global_batch)
     return search(_model(model), _cluster(cluster), workload, gpus, top=top, precision=precision, progress=progress)
+
+
+def lint(
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    layout: str | Layout,
+    seq: int,
+    global_batch: int,
+    gpus: int | None = None,
+    attention: str = "flash",
+    grouped_gemm: bool = True,
+    loss_scaling: bool = True,
+    bucket_bytes: float | None = None,
+    checkpoint_interval: float | None = None,
+    save_seconds: float | None = None,
+    failures: str | None = None,
+) -> Linted:
+    """Run every rule on a layout, whether it can run or not; other arguments as in `estimate`.
+
+    `attention`, `grouped_gemm` and `loss_scaling`: of the software that runs it; the package's own engine has flash attention, grouped
+    products and loss scaling. `bucket_bytes`: of gradients. `checkpoint_interval`: seconds, to be held against the best.
+    """
+    from meshwright.planner.lint import lint as check  # needs NumPy
+
+    if attention not in get_args(Attention):
+        raise choices(attention, get_args(Attention), "attention")
+    if bucket_bytes is not None and not bucket_bytes >= 1:
+        raise UserError(f"a bucket has 1 byte or more, got {bucket_bytes:g}: PyTorch's are 25e6")
+    if gpus is not None and gpus < 1:
+        raise UserError(f"gpus must be at least 1, got {gpus}")
+    parsed = parse_layout(layout) if isinstance(layout, str) else layout
+    size = None if bucket_bytes is None else int(bucket_bytes)
+    habits = Habits(
+        practice=Practice(attention=attention, grouped_products=grouped_gemm, bucket_bytes=size),  # type: ignore[arg-type]
+        loss_scaling=loss_scaling,
+        terms=Terms(failures=failures, save_seconds=save_seconds, interval_seconds=checkpoint_interval),
+    )
+    return check(_model(model), _cluster(cluster), Workload(seq, global_batch), parsed, gpus, habits)
 
 
 def _model(model: str | Model) -> Model:
