@@ -37,7 +37,7 @@ def as_practised(piece: Piece, practice: Practice, model: Model, layout: Layout,
         backward = (*forward, *backward[again:])
     if practice.frozen:
         backward = tuple(kept for op in backward for kept in _without_weight_gradients(op))
-    if layout.ep > 1 and layout.etp > 1:
+    if practice.gathers_experts and layout.ep > 1 and layout.etp > 1:
         forward, backward = (tuple(part for op in ops for part in _dispatch(op, layout)) for ops in (forward, backward))
     out = replace(piece, forward=forward, backward=backward)
     if piece.name == "head":

@@ -46,6 +46,8 @@ class Practice:
     """Of a bucket of gradients on the wire. None: the engine's own, which grow with the data-parallel group."""
     grouped_products: bool = True
     """One kernel for the products of all experts of a rank, not one for each expert."""
+    gathers_experts: bool = False
+    """A token's row goes once over the expert-parallel ranks and is gathered among those that share an expert (Megatron's way)."""
     single_ring: bool = False
     """Data-parallel collectives run as one ring, which leaves each node by one network port, not by all of its ports at once."""
     compiled: bool = False

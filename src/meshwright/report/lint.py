@@ -11,7 +11,8 @@ from meshwright.planner.rules.case import Finding
 from meshwright.planner.rules.shapes import REFUSALS, SOURCE
 from meshwright.report.units import gib, percent, seconds
 
-COLUMNS = ("severity", "rule", "what", "price", "repair", "source")
+WIDTHS = {"severity": 4, "rule": 9, "what": 16, "price": 11, "repair": 12, "source": 13}
+"""Of the columns, against one another."""
 
 
 def lint_report(linted: Linted, title: str) -> RenderableType:
@@ -20,9 +21,9 @@ def lint_report(linted: Linted, title: str) -> RenderableType:
     head = Text(f"{title}\n{linted.layout}: {as_given}", style="bold")
     if not linted.findings:
         return Group(head, Text("no rule has anything to say"))
-    table = Table()
-    for name in COLUMNS:
-        table.add_column(name, overflow="fold")
+    table = Table(expand=True)
+    for name in WIDTHS:
+        table.add_column(name, overflow="fold", ratio=WIDTHS[name])
     for finding in linted.findings:
         repair = finding.repair.change if finding.repair else "none found"
         table.add_row(finding.severity, finding.rule, finding.what, price_of(finding), repair, finding.source)

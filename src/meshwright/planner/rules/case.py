@@ -99,6 +99,7 @@ class Case:
         self.model, self.cluster, self.workload, self.layout = model, cluster, workload, layout
         self.habits = habits or Habits()
         self._estimators: dict[tuple[int, Practice], tuple[Model, Estimator]] = {}
+        self._prices: dict[tuple[Layout, Practice, int], Price | None] = {}
 
     @property
     def practice(self) -> Practice:
@@ -126,12 +127,15 @@ class Case:
 
     def price(self, layout: Layout, practice: Practice | None = None, model: Model | None = None) -> Price | None:
         """None for a layout that cannot run."""
-        estimator = self.estimator(practice, model)
-        try:
-            estimator.check(layout)
-            return estimator.played(layout)
-        except UserError:
-            return None
+        key = layout, practice or self.practice, id(model or self.model)
+        if key not in self._prices:
+            estimator = self.estimator(practice, model)
+            try:
+                estimator.check(layout)
+                self._prices[key] = estimator.played(layout)
+            except UserError:
+                self._prices[key] = None
+        return self._prices[key]
 
     def quickest(self, *tiers: Iterable[Layout]) -> Repair | None:
         """The quickest layout of the first of `tiers` that has one which fits or, where the given one does not fit either, which

@@ -96,13 +96,13 @@ def off_the_rail(case: Case) -> Seen | None:
     def on_rail(stride: int, pp: int, world: int) -> bool:
         return hops_off_rail(stride, pp, world, fabric.domain, each)[0] == 0
 
-    orders = [replace(layout, order=("tp", *rest)) for rest in permutations([a for a in layout.order if a != "tp"])]
-    near = [x for one in orders for x in (one, *(m for f in divisors(one.dp)[1:4] for m in moved(one, "dp", one.dp // f)))]
-    kept = [x for x in near if on_rail(x.stride("pp"), x.pp, x.world)]
+    rests = permutations([axis for axis in layout.order if axis != "tp"])
+    orders = [replace(layout, order=("tp", *rest)) for rest in rests]
+    near = [m for one in orders for f in divisors(one.dp)[1:4] for m in moved(one, "dp", one.dp // f, ("tp", "cp"))]
     return Seen(
         f"{off:,} of {crossing:,} hops between stages on different nodes change rail (stride {layout.stride('pp')}, {each} a node): "
         f"up to {sent / 1e9:.3g} GB a rank and step pass the spine, at {fabric.oversubscription:g}:1, or an NVLink hop more",
-        case.quickest(kept),
+        case.quickest(*([x for x in tier if on_rail(x.stride("pp"), x.pp, x.world)] for tier in (orders, near))),
     )
 
 

@@ -77,7 +77,7 @@ def far_interval(case: Case) -> Seen | None:
         return None
     loss = 1 - given.reliability.effective_ratio / best.reliability.effective_ratio
     return Seen(
-        f"a checkpoint every {terms.interval_seconds:,.0f} s, {ratio:.2g} times the best {optimum:,.0f} s at one failure every "
+        f"a checkpoint every {terms.interval_seconds:,.0f} s, {ratio:,.3g} times the best {optimum:,.0f} s at one failure every "
         f"{given.reliability.between_failures:,.0f} s: {given.reliability.effective_ratio:.1%} of the wall clock trains, not "
         f"{best.reliability.effective_ratio:.1%}",
         Repair(f"--checkpoint-interval {optimum:.0f}s", case.given),

@@ -25,6 +25,8 @@ def looped_experts(case: Case) -> Seen | None:
     if experts is None or case.practice.grouped_products:
         return None
     held = experts.count // case.layout.ep
+    if held == 1:
+        return None
     return Seen(
         f"{held} experts a rank and layer, each with products and launches of its own",
         case.practised("--grouped-gemm on", grouped_products=True),
