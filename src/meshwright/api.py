@@ -28,8 +28,14 @@ from meshwright.spec.notation import parse_layout
 from meshwright.spec.workload import Workload
 
 if TYPE_CHECKING:
+    from meshwright.planner.around import Problem, Variation
     from meshwright.planner.lint import Linted
+    from meshwright.planner.objectives import Sizing
     from meshwright.planner.search import Plan
+    from meshwright.planner.ways import WayOut
+
+PER = 1e12
+"""Tokens that a cost is stated for where a person gives none."""
 
 
 def estimate(
@@ -83,15 +89,100 @@ def plan(
     global_batch: int,
     top: int = 5,
     precision: Precision = "bf16",
+    refine: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
-    """Search for the quickest layout that fits; arguments as in `estimate`. `progress` gets the number priced so far."""
+    """Search for the quickest layout that fits; arguments as in `estimate`. `refine`: try on the finalists what the search leaves
+    out. `progress` gets the number priced so far."""
     from meshwright.planner.search import plan as search  # the search alone needs NumPy
+
+    p = _problem(model, cluster, gpus, seq, global_batch, precision)
+    found = search(p.model, p.cluster, p.workload, gpus, top=top, precision=precision, progress=progress)
+    if not refine:
+        return found
+    from meshwright.planner.refine import refined
+
+    return refined(found, Estimator(p.model, p.cluster, p.workload))
+
+
+def pareto(
+    *, model: str | Model, cluster: str | Cluster, gpus: int, seq: int, global_batch: int, precision: Precision = "bf16"
+) -> list[Estimate]:
+    """The front of speed against memory left free; arguments as in `plan`."""
+    from meshwright.planner.around import pareto as front
+
+    return front(_problem(model, cluster, gpus, seq, global_batch, precision))
+
+
+def sensitivity(
+    *, model: str | Model, cluster: str | Cluster, gpus: int, seq: int, global_batch: int, precision: Precision = "bf16"
+) -> list[Variation]:
+    """What the best becomes with one more NIC a node, twice the batch, half the nodes; arguments as in `plan`."""
+    from meshwright.planner.around import sensitivity as vary
+
+    return vary(_problem(model, cluster, gpus, seq, global_batch, precision))
+
+
+def ways_out(
+    nearest: Estimate,
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    gpus: int,
+    seq: int,
+    global_batch: int,
+    precision: Precision = "bf16",
+) -> list[WayOut]:
+    """The three cheapest changes after which the layout of `nearest` fits; arguments as in `plan`."""
+    from meshwright.planner.ways import ways_out as ways
+
+    p = _problem(model, cluster, gpus, seq, global_batch, precision)
+    return ways(Estimator(p.model, p.cluster, p.workload), nearest.layout)
+
+
+def size(
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    gpus: int,
+    seq: int,
+    global_batch: int,
+    precision: Precision = "bf16",
+    objective: str = "time",
+    tokens: float | None = None,
+    deadline: float | None = None,
+    budget: float | None = None,
+    terms: Terms | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Sizing:
+    """How many of up to `gpus` accelerators: the fewest that train `tokens` within `deadline` seconds, the quickest that `budget` USD
+    pay for, or (objective "cost") those whose tokens are cheapest."""
+    from meshwright.planner.objectives import Sizer
+
+    if objective not in ("time", "cost"):
+        raise choices(objective, ("time", "cost"), "objective")
+    if (objective == "cost") + (deadline is not None) + (budget is not None) != 1:
+        raise UserError("give one of --objective cost, --deadline and --budget")
+    if tokens is None and objective != "cost":
+        raise UserError("a deadline or a budget is for a whole run: give its --tokens, such as 15e12")
+    if budget is not None and not budget > 0:
+        raise UserError(f"budget must be above 0 USD, got {budget:g}")
+    sizer = Sizer(
+        _problem(model, cluster, gpus, seq, global_batch, precision), tokens or PER, terms or Terms(), progress=progress
+    )
+    if deadline is not None:
+        return sizer.for_deadline(deadline)
+    return sizer.cheapest() if budget is None else sizer.for_budget(budget)
+
+
+def _problem(
+    model: str | Model, cluster: str | Cluster, gpus: int, seq: int, global_batch: int, precision: Precision
+) -> Problem:
+    from meshwright.planner.around import Problem
 
     if gpus < 1:
         raise UserError(f"gpus must be at least 1, got {gpus}")
-    workload = Workload(seq, global_batch)
-    return search(_model(model), _cluster(cluster), workload, gpus, top=top, precision=precision, progress=progress)
+    return Problem(_model(model), _cluster(cluster), Workload(seq, global_batch), gpus, precision)
 
 
 def lint(

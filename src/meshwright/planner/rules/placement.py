@@ -8,9 +8,9 @@ from itertools import permutations
 from meshwright.cost.ops import Collective
 from meshwright.cost.program import Place
 from meshwright.planner.rules.case import Case, Rule, Seen
-from meshwright.planner.rules.reshape import cuts, eased, moved, reshaped
+from meshwright.planner.rules.reshape import cuts, eased, moved, order_has_price, reshaped
 from meshwright.planner.space import divisors
-from meshwright.spec.layout import DENSE_AXES
+from meshwright.spec.layout import DENSE_AXES, Layout
 
 STARVED = 0.5
 """Share of the rate of an endless message below which a bucket is called starved: half of its time is latency."""
@@ -93,8 +93,10 @@ def off_the_rail(case: Case) -> Seen | None:
         return None
     sent = next(c.bytes for c in case.estimate.collectives if c.axis == "pp" and c.op == "send")
 
-    def on_rail(stride: int, pp: int, world: int) -> bool:
-        return hops_off_rail(stride, pp, world, fabric.domain, each)[0] == 0
+    def on_rail(x: Layout) -> bool:
+        return (
+            order_has_price(x, fabric.domain) and not hops_off_rail(x.stride("pp"), x.pp, x.world, fabric.domain, each)[0]
+        )
 
     rests = permutations([axis for axis in layout.order if axis != "tp"])
     orders = [replace(layout, order=("tp", *rest)) for rest in rests]
@@ -102,7 +104,7 @@ def off_the_rail(case: Case) -> Seen | None:
     return Seen(
         f"{off:,} of {crossing:,} hops between stages on different nodes change rail (stride {layout.stride('pp')}, {each} a node): "
         f"up to {sent / 1e9:.3g} GB a rank and step pass the spine, at {fabric.oversubscription:g}:1, or an NVLink hop more",
-        case.quickest(*([x for x in tier if on_rail(x.stride("pp"), x.pp, x.world)] for tier in (orders, near))),
+        case.quickest(*([x for x in tier if on_rail(x)] for tier in (orders, near))),
     )
 
 

@@ -75,6 +75,16 @@ def eased(layouts: Iterable[Layout]) -> Iterator[Layout]:
                 yield found
 
 
+def order_has_price(layout: Layout, domain: int) -> bool:
+    """Whether the estimator prices the rank order of `layout` as it is. It knows one distance for a group and one link for a send,
+    and experts on neighbouring ranks of a stage, so not where ranks that reduce gradients together (dp and cp) have an axis between
+    them, where some neighbours share a domain and others do not, or where a pipeline lies inside the ranks that share experts."""
+    split = [axis for axis in layout.order if layout.degree(axis) > 1]
+    spaced = not {"dp", "cp"} <= set(split) or abs(split.index("dp") - split.index("cp")) == 1
+    alike = all(layout.stride(x) * layout.degree(x) <= domain or layout.stride(x) % domain == 0 for x in split if x != "dp")
+    return spaced and alike and (layout.ep * layout.etp == 1 or "pp" not in split[:-1])
+
+
 def _products(factor: int, parts: int) -> Iterator[tuple[int, ...]]:
     """Every way to write `factor` as an ordered product of `parts` factors."""
     if parts == 1:

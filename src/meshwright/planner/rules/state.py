@@ -10,6 +10,7 @@ from meshwright.planner.bill import training_bill
 from meshwright.planner.rules.case import WORTH, Case, Repair, Rule, Seen
 from meshwright.planner.rules.reshape import eased, reshaped
 from meshwright.planner.space import divisors
+from meshwright.planner.ways import Shortfall
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
 from meshwright.spec.legality import micro_batches
@@ -94,12 +95,10 @@ def _bill(case: Case, *, best: bool) -> Bill:
 def does_not_fit(case: Case) -> Seen | None:
     if case.given.fits:
         return None
-    worst = max(case.estimate.memory, key=lambda stage: stage.total_bytes)
-    over = worst.total_bytes - case.cluster.accelerator.memory_bytes
-    category = max(worst.categories, key=lambda name: worst.categories[name])
+    short = Shortfall.of(case.estimate)
     return Seen(
-        f"stage {worst.stage} needs {worst.total_bytes / 2**30:.1f} GiB, {over / 2**30:.1f} more than there is; most of it is "
-        f"{category}, {worst.categories[category] / 2**30:.1f} GiB",
+        f"stage {short.stage} lacks {short.bytes / 2**30:.1f} GiB; most of what it holds is {short.category}, "
+        f"{short.category_bytes / 2**30:.1f} GiB",
         case.quickest(_roomier([case.layout]), _roomier(_spread(case.layout))),
         severity="error",
     )
