@@ -59,7 +59,7 @@ class WayOut:
 
 def ways_out(estimator: Estimator, layout: Layout) -> list[WayOut]:
     """The three cheapest kinds of change after which `layout` fits, the cheapest first. Where fewer than three are enough alone, also
-    two changes at once, unless one of the two alone is as cheap."""
+    two changes at once, unless one of the two alone is as cheap. One of the three keeps the accelerators, where any way does."""
     found = _best_of_each(estimator, {name: list(change(layout)) for name, change in CHANGES.items()})
     if len(found) < SHOWN:
         alone = {way.change: way.accelerator_seconds for way in found}
@@ -67,7 +67,11 @@ def ways_out(estimator: Estimator, layout: Layout) -> list[WayOut]:
         both = _best_of_each(estimator, {f"{a} and {b}": layouts for (a, b), layouts in pairs.items()})
         least = {f"{a} and {b}": min(alone.get(name, float("inf")) for name in (a, b)) for a, b in pairs}
         found += [way for way in both if way.accelerator_seconds < least[way.change]]
-    return sorted(found, key=lambda way: way.accelerator_seconds)[:SHOWN]
+    found.sort(key=lambda way: way.accelerator_seconds)
+    shown, kept = found[:SHOWN], [way for way in found if way.layout.world == layout.world]
+    if kept and kept[0] not in shown:
+        shown[-1] = kept[0]
+    return shown
 
 
 def _best_of_each(estimator: Estimator, kinds: dict[str, list[Layout]]) -> list[WayOut]:
