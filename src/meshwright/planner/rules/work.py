@@ -7,7 +7,6 @@ from dataclasses import replace
 from meshwright.cost.ops import Gemm, Under
 from meshwright.cost.pieces import layer_piece
 from meshwright.planner.rules.case import Case, Repair, Rule, Seen
-from meshwright.planner.rules.reshape import reshaped
 from meshwright.spec.layout import Layout
 from meshwright.spec.legality import micro_batches
 
@@ -73,7 +72,8 @@ def unscaled_loss(case: Case) -> Seen | None:
 
 def small_products(case: Case) -> Seen | None:
     layout = case.layout
-    larger = [x for x in _larger(layout) if case.price(x) is not None]
+    more = (replace(layout, micro_batch=layout.micro_batch * factor) for factor in LARGER)
+    larger = [x for x in more if case.price(x) is not None]
     if not larger:
         return None
     now, then = _seconds_per_row(case, layout), _seconds_per_row(case, larger[0])
@@ -86,12 +86,6 @@ def small_products(case: Case) -> Seen | None:
         "for the same tokens",
         case.quickest(larger),
     )
-
-
-def _larger(layout: Layout) -> list[Layout]:
-    """With larger micro-batches, and with fewer data-parallel ranks where there are too few of them."""
-    found = [replace(layout, micro_batch=layout.micro_batch * f) for f in LARGER]
-    return found + [x for x in (reshaped(one, recompute="none") for one in found) if x is not None and x not in found]
 
 
 def _seconds_per_row(case: Case, layout: Layout) -> float:
