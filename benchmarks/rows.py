@@ -279,6 +279,7 @@ def read_practice(row: Row, layout: Layout) -> Practice:
     compiled = "xla" in flags or "jax" in flags or ("compile" in flags and "no compile" not in flags)
     zero = (row.get("zero_stage") or "").lower()
     return Practice(
+        gathers_experts=True,
         loss=_loss(row, compiled),
         attention=_attention(row.get("attention_kernel") or "", year),
         fused_norms=compiled or "norm kernel" in flags or (row.get("gated_mlp") or "") != "yes" or year > 2023,

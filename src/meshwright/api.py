@@ -9,15 +9,17 @@ e.mfu, e.tokens_per_s, e.as_dict()
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from meshwright.cost.economics import Bill
 from meshwright.cost.estimate import Estimate, Estimator
+from meshwright.cost.practice import Attention, Practice
 from meshwright.planner.bill import Terms, training_bill
+from meshwright.planner.rules.case import Habits
 from meshwright.planner.stages import Balanced, balance_stages
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.cluster import Cluster
-from meshwright.spec.errors import UserError
+from meshwright.spec.errors import UserError, choices
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.layout import Layout, Precision
 from meshwright.spec.legality import check_world
@@ -27,7 +29,14 @@ from meshwright.spec.workload import Workload
 
 if TYPE_CHECKING:
     from meshwright.cost.fabric.view import FabricView
+    from meshwright.planner.around import Problem, Variation
+    from meshwright.planner.lint import Linted
+    from meshwright.planner.objectives import Sizing
     from meshwright.planner.search import Plan
+    from meshwright.planner.ways import WayOut
+
+PER = 1e12
+"""Tokens that a cost is stated for where a person gives none."""
 
 
 def estimate(
@@ -108,15 +117,139 @@ def plan(
     global_batch: int,
     top: int = 5,
     precision: Precision = "bf16",
+    refine: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
-    """Search for the quickest layout that fits; arguments as in `estimate`. `progress` gets the number priced so far."""
+    """Search for the quickest layout that fits; arguments as in `estimate`. `refine`: try on the finalists what the search leaves
+    out. `progress` gets the number priced so far."""
     from meshwright.planner.search import plan as search  # the search alone needs NumPy
+
+    p = _problem(model, cluster, gpus, seq, global_batch, precision)
+    found = search(p.model, p.cluster, p.workload, gpus, top=top, precision=precision, progress=progress)
+    if not refine:
+        return found
+    from meshwright.planner.refine import refined
+
+    return refined(found, Estimator(p.model, p.cluster, p.workload))
+
+
+def pareto(
+    *, model: str | Model, cluster: str | Cluster, gpus: int, seq: int, global_batch: int, precision: Precision = "bf16"
+) -> list[Estimate]:
+    """The front of speed against memory left free; arguments as in `plan`."""
+    from meshwright.planner.around import pareto as front
+
+    return front(_problem(model, cluster, gpus, seq, global_batch, precision))
+
+
+def sensitivity(
+    *, model: str | Model, cluster: str | Cluster, gpus: int, seq: int, global_batch: int, precision: Precision = "bf16"
+) -> list[Variation]:
+    """What the best becomes with one more NIC a node, twice the batch, half the nodes; arguments as in `plan`."""
+    from meshwright.planner.around import sensitivity as vary
+
+    return vary(_problem(model, cluster, gpus, seq, global_batch, precision))
+
+
+def ways_out(
+    nearest: Estimate,
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    gpus: int,
+    seq: int,
+    global_batch: int,
+    precision: Precision = "bf16",
+) -> list[WayOut]:
+    """The three cheapest changes after which the layout of `nearest` fits; arguments as in `plan`."""
+    from meshwright.planner.ways import ways_out as ways
+
+    p = _problem(model, cluster, gpus, seq, global_batch, precision)
+    return ways(Estimator(p.model, p.cluster, p.workload), nearest.layout)
+
+
+def size(
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    gpus: int,
+    seq: int,
+    global_batch: int,
+    precision: Precision = "bf16",
+    objective: str = "time",
+    tokens: float | None = None,
+    deadline: float | None = None,
+    budget: float | None = None,
+    terms: Terms | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Sizing:
+    """How many of up to `gpus` accelerators: the fewest that train `tokens` within `deadline` seconds, the quickest that `budget` USD
+    pay for, or (objective "cost") those whose tokens are cheapest."""
+    from meshwright.planner.objectives import Sizer
+
+    if objective not in ("time", "cost"):
+        raise choices(objective, ("time", "cost"), "objective")
+    if (objective == "cost") + (deadline is not None) + (budget is not None) != 1:
+        raise UserError("give one of --objective cost, --deadline and --budget")
+    if tokens is None and objective != "cost":
+        raise UserError("a deadline or a budget is for a whole run: give its --tokens, such as 15e12")
+    if budget is not None and not budget > 0:
+        raise UserError(f"budget must be above 0 USD, got {budget:g}")
+    sizer = Sizer(
+        _problem(model, cluster, gpus, seq, global_batch, precision), tokens or PER, terms or Terms(), progress=progress
+    )
+    if deadline is not None:
+        return sizer.for_deadline(deadline)
+    return sizer.cheapest() if budget is None else sizer.for_budget(budget)
+
+
+def _problem(
+    model: str | Model, cluster: str | Cluster, gpus: int, seq: int, global_batch: int, precision: Precision
+) -> Problem:
+    from meshwright.planner.around import Problem
 
     if gpus < 1:
         raise UserError(f"gpus must be at least 1, got {gpus}")
-    workload = Workload(seq, global_batch)
-    return search(_model(model), _cluster(cluster), workload, gpus, top=top, precision=precision, progress=progress)
+    return Problem(_model(model), _cluster(cluster), Workload(seq, global_batch), gpus, precision)
+
+
+def lint(
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    layout: str | Layout,
+    seq: int,
+    global_batch: int,
+    gpus: int | None = None,
+    attention: str = "flash",
+    grouped_gemm: bool = True,
+    loss_scaling: bool = True,
+    bucket_bytes: float | None = None,
+    checkpoint_interval: float | None = None,
+    save_seconds: float | None = None,
+    failures: str | None = None,
+) -> Linted:
+    """Run every rule on a layout, whether it can run or not; other arguments as in `estimate`.
+
+    `attention`, `grouped_gemm` and `loss_scaling`: of the software that runs it; the package's own engine has flash attention, grouped
+    products and loss scaling. `bucket_bytes`: of gradients. `checkpoint_interval`: seconds, to be held against the best.
+    """
+    from meshwright.planner.lint import lint as check  # needs NumPy
+
+    if attention not in get_args(Attention):
+        raise choices(attention, get_args(Attention), "attention")
+    if bucket_bytes is not None and not bucket_bytes >= 1:
+        raise UserError(f"a bucket has 1 byte or more, got {bucket_bytes:g}: PyTorch's are 25e6")
+    if gpus is not None and gpus < 1:
+        raise UserError(f"gpus must be at least 1, got {gpus}")
+    parsed = parse_layout(layout) if isinstance(layout, str) else layout
+    size = None if bucket_bytes is None else int(bucket_bytes)
+    habits = Habits(
+        practice=Practice(attention=attention, grouped_products=grouped_gemm, bucket_bytes=size),  # type: ignore[arg-type]
+        loss_scaling=loss_scaling,
+        terms=Terms(failures=failures, save_seconds=save_seconds, interval_seconds=checkpoint_interval),
+    )
+    return check(_model(model), _cluster(cluster), Workload(seq, global_batch), parsed, gpus, habits)
 
 
 def _model(model: str | Model) -> Model:

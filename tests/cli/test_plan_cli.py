@@ -376,3 +376,76 @@ def test_help_is_no_error(run: Any, args: tuple[str, ...]) -> None:
     said = run(*args)
     assert (said.status, said.err) == (0, "")
     assert said.out
+
+
+# --- lint, and what plan shows around its answer
+
+
+LINT = ("lint", *GPT2, "--cluster", "h100-superpod", "--layout", "dp4 tp2:sp mb1")
+
+
+def test_lint_warns_with_status_0_and_refuses_nothing(run: Any) -> None:
+    said = run(*LINT, "--json")
+    assert said.status == 0
+    rules = {f["rule"]: f for f in json.loads(said.out)["findings"]}
+    split = rules["model too small to split"]
+    assert split["severity"] == "warning"
+    assert split["given"]["step_time_s"] * (1 - split["loss"]) == pytest.approx(split["repaired"]["step_time_s"])
+    assert "severity" in run(*LINT).out
+
+
+def test_lint_ends_with_status_1_on_errors_and_2_on_bad_input(run: Any) -> None:
+    broken = run(*changed(LINT, layout="dp4 tp5 mb1"))
+    assert broken.status == 1
+    assert "12 attention heads" in " ".join(broken.out.split())
+    assert broken.err == ""
+    refused(run(*changed(LINT, layout="dp4 tpx")), "tpx")
+    refused(run(*LINT, "--checkpoint-interval", "soon"), "'soon'", "1.5h")
+    refused(run(*LINT, "--grouped-gemm", "no"), "--grouped-gemm", "on, off")
+    assert run(*LINT, "--checkpoint-interval", "30d").status == 0
+
+
+def test_the_rules_have_their_sources(run: Any) -> None:
+    rows = json.loads(run("rules", "--json").out)
+    assert len(rows) >= 17
+    assert all(row["source"] and row["looks_for"] for row in rows)
+    assert run("rules").status == 0
+
+
+def test_plan_shows_what_it_is_asked_for(run: Any) -> None:
+    said = run(*SMALL_PLAN, "--refine", "--pareto", "--sensitivity", "--json")
+    found = json.loads(said.out)
+    assert said.status == 0
+    assert found["pareto"][0]["step_time_s"] >= found["best"]["step_time_s"]
+    assert [v["gpus"] for v in found["sensitivity"]] == [4, 4, 4, 2]
+
+
+def test_plan_sizes_a_run(run: Any) -> None:
+    found = json.loads(run(*SMALL_PLAN, "--tokens", "1e9", "--deadline", "365d", "--json").out)
+    assert found["chosen"]["gpus"] == 1
+    assert "least money a token" in run(*SMALL_PLAN, "--objective", "cost").out
+    assert run(*SMALL_PLAN, "--tokens", "1e15", "--budget", "1").status == 1
+    refused(run(*SMALL_PLAN, "--tokens", "1e9"), "--deadline")
+    refused(run(*SMALL_PLAN, "--tokens", "1e9", "--deadline", "60d", "--pareto"), "--pareto")
+    refused(run(*SMALL_PLAN, "--deadline", "60d"), "--tokens")
+
+
+def test_plan_names_the_ways_out_when_nothing_fits(run: Any) -> None:
+    args = (
+        "plan",
+        "--model",
+        "llama-3-8b",
+        "--cluster",
+        "h100-superpod",
+        "--gpus",
+        "1",
+        "--seq",
+        "4096",
+        "--global-batch",
+        "8",
+    )
+    said = run(*args)
+    assert said.status == 1
+    assert "ways out, the cheapest first" in said.out
+    assert "offload" in said.out
+    assert len(json.loads(run(*args, "--json").out)["ways_out"]) == 3

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cost.adapt import LOSS_BYTES, as_practised, is_recomputed, with_gradients_of
+from meshwright.cost.adapt import LOSS_BYTES, as_practised, is_recomputed, with_buckets_of, with_gradients_of
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.kernels import Kernels
 from meshwright.cost.ops import Collective, Elementwise, Gemm, Piece, Under
@@ -26,7 +26,7 @@ from meshwright.spec.workload import Workload
 
 MODEL, H100 = load_model("llama-3-8b"), load_cluster("h100-superpod")
 SEQ = 4096
-MEGATRON = Practice(whole_recompute=True, loss="parallel")
+MEGATRON = Practice(whole_recompute=True, loss="parallel", gathers_experts=True)
 
 
 def layer(layout: Layout, practice: Practice, model: object = MODEL) -> Piece:
@@ -115,7 +115,29 @@ def test_a_row_crosses_the_expert_parallel_ranks_once() -> None:
     assert sent(megatron, "all_gather").count((4, travel)) == 2
 
 
+def test_buckets_of_another_size_carry_the_same_bytes() -> None:
+    layout = parse_layout("dp8:zero1 tp4:sp mb1")
+    program = rank_program(MODEL, layout, Workload(SEQ, 64), Place(0))
+    smaller = with_buckets_of(program, 25_000_000)
+    assert max(c.bytes for c in smaller.gradient_reductions) == 25_000_000
+    assert sum(c.bytes for c in smaller.gradient_reductions) == sum(c.bytes for c in program.gradient_reductions)
+    assert with_buckets_of(program, None) is program
+    own, small = (Estimator(MODEL, H100, Workload(SEQ, 64), Practice(bucket_bytes=size)) for size in (None, 1_000_000))
+    assert small.played(layout).step_time_s > own.played(layout).step_time_s
+    assert small.estimate(layout).step_time_s == pytest.approx(small.played(layout).step_time_s)
+
+
 # --- kernels
+
+
+def test_experts_one_by_one_cost_a_product_each() -> None:
+    grouped, looped = Kernels(H100, "bf16", 1), Kernels(H100, "bf16", 1, Practice(grouped_products=False))
+    product = Gemm("moe.experts.up", 8192, 4096, 4096, 8)
+    assert looped.gemm(product) == pytest.approx(8 * grouped.gemm(Gemm("moe.experts.up", 1024, 4096, 4096)))
+    assert looped.gemm(product) > grouped.gemm(product)
+    assert looped.host_seconds([product], False) == pytest.approx(8 * grouped.host_seconds([product], False))
+    dense = Gemm("scores", 8192, 4096, 4096, 8)
+    assert looped.gemm(dense) == grouped.gemm(dense)
 
 
 def test_a_wave_of_tiles_more_costs_a_wave() -> None:

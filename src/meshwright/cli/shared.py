@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,19 @@ Gpus = Annotated[int, typer.Option("--gpus", help="Accelerators to use.")]
 Seq = Annotated[int, typer.Option("--seq", help="Tokens in a sequence.")]
 GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Sequences in an optimizer step.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
+
+
+def duration(text: str) -> float:
+    """Seconds of such as 90s, 30min, 1.5h or 60d. Raises UserError for anything else."""
+    from meshwright.spec.errors import UserError
+
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(s|min|h|d)", text)
+    if not match or not float(match[1]):
+        raise UserError(f"{text!r} is no duration above 0: write a number and s, min, h or d, such as 90s, 1.5h or 60d")
+    return float(match[1]) * UNITS[match[2]]
 
 
 def print_json(value: dict[str, Any] | list[Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from meshwright.cost.ops import Attention, Collective, Elementwise, Gemm, Op, Piece, Under
+from meshwright.cost.ops import Attention, Collective, CollectiveOp, Elementwise, Gemm, Op, Piece, Under
 from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.program import Program
 from meshwright.spec.layout import Layout
@@ -37,7 +37,7 @@ def as_practised(piece: Piece, practice: Practice, model: Model, layout: Layout,
         backward = (*forward, *backward[again:])
     if practice.frozen:
         backward = tuple(kept for op in backward for kept in _without_weight_gradients(op))
-    if layout.ep > 1 and layout.etp > 1:
+    if practice.gathers_experts and layout.ep > 1 and layout.etp > 1:
         forward, backward = (tuple(part for op in ops for part in _dispatch(op, layout)) for ops in (forward, backward))
     out = replace(piece, forward=forward, backward=backward)
     if piece.name == "head":
@@ -55,6 +55,18 @@ def with_gradients_of(program: Program, layout: Layout, size: int | None) -> Pro
         return tuple(replace(c, bytes=c.bytes * size // own) for c in calls)
 
     return replace(program, gradient_reductions=resized(program.gradient_reductions), scatters=resized(program.scatters))
+
+
+def with_buckets_of(program: Program, size: int | None) -> Program:
+    """`program` with its gradients reduced in buckets of `size` bytes; None: as the engine has them."""
+    if size is None:
+        return program
+    wire: dict[tuple[str, CollectiveOp, int, int], int] = {}
+    for c in program.gradient_reductions:
+        key = c.axis, c.op, c.group_size, c.stride
+        wire[key] = wire.get(key, 0) + c.bytes
+    buckets = (Collective(*key, min(size, total - at)) for key, total in wire.items() for at in range(0, total, size))
+    return replace(program, gradient_reductions=tuple(buckets))
 
 
 def _kept(piece: Piece, practice: Practice, model: Model, layout: Layout, tokens: int) -> Piece:

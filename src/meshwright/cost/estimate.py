@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from meshwright.cost.adapt import as_practised, is_recomputed, with_gradients_of
+from meshwright.cost.adapt import as_practised, is_recomputed, with_buckets_of, with_gradients_of
 from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
 from meshwright.cost.kernels import Kernels
@@ -246,9 +246,7 @@ class Estimator:
         """What a stage's parameters cost, whatever the micro-batch: layouts that share it plan their buckets once."""
         key = (*(getattr(layout, name) for name in _STATE_FIELDS), stage)
         if key not in self._states:
-            program = with_gradients_of(
-                rank_program(self.model, layout, self.workload, Place(stage)), layout, self.practice.gradient_bytes
-            )
+            program = self.reduced_program(layout, Place(stage))
             self._states[key] = _State(
                 tuple(self.times.seconds(c) for c in program.gradient_reductions),
                 self._rest(program, layout),
@@ -265,11 +263,16 @@ class Estimator:
         """Each stage's program; stages that hold the same share one."""
         out: dict[int, Program] = {}
         for members in alike_stages(self.model, layout):
-            program = rank_program(self.model, layout, self.workload, Place(members[0]))
-            program = with_gradients_of(program, layout, self.practice.gradient_bytes)
+            program = self.reduced_program(layout, Place(members[0]))
             program = replace(program, chunks=tuple(self._practised(chunk, layout) for chunk in program.chunks))
             out |= dict.fromkeys(members, program)
         return [out[stage] for stage in range(layout.pp)]
+
+    def reduced_program(self, layout: Layout, place: Place) -> Program:
+        """The program of a rank, its gradients reduced in the widths and buckets of the practice."""
+        program = rank_program(self.model, layout, self.workload, place)
+        sized = with_gradients_of(program, layout, self.practice.gradient_bytes)
+        return with_buckets_of(sized, self.practice.bucket_bytes)
 
     def _practised(self, pieces: Pieces, layout: Layout) -> Pieces:
         if self.practice == OWN:

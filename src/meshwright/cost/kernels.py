@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -45,6 +45,8 @@ class Kernels:
         return seconds
 
     def _gemm(self, op: Gemm) -> float:
+        if self._is_looped(op):
+            return op.groups * self.gemm(self._of_one(op))
         products = self._products(op)
         size = STATE_BYTES[self.precision].parameter
         moved = size * (op.m * op.k + op.groups * op.k * op.n + op.m * op.n) / self.memory_bandwidth
@@ -56,6 +58,13 @@ class Kernels:
             product_seconds(op, rate, processors, self.memory_bandwidth, self.constants) if processors else op.flops / rate
         )
         return max(seconds, moved) + self._cast(op, products) + self._gap
+
+    def _is_looped(self, op: Gemm) -> bool:
+        return op.groups > 1 and not self.practice.grouped_products and op.name.startswith("moe.experts")
+
+    def _of_one(self, op: Gemm) -> Gemm:
+        """The product of one expert."""
+        return replace(op, m=-(-op.m // op.groups), groups=1)
 
     def _products(self, op: Gemm) -> str:
         """The precision of a product: the head's stays that of the layout."""
@@ -119,6 +128,8 @@ class Kernels:
         """Kernels that the host starts for `op`."""
         if isinstance(op, Under):
             return 1 + sum(self._launches(work) for work in op.work)
+        if isinstance(op, Gemm) and self._is_looped(op):
+            return op.groups
         if isinstance(op, Elementwise) and op.name == "norm" and not self.practice.fused_norms:
             return self.constants.norm_passes
         if isinstance(op, Attention) and self.practice.attention in ("fused-softmax", "unfused"):

@@ -42,6 +42,12 @@ class Practice:
     """The weights are not trained (adapters are): no weight gradients, no reduction, no optimizer worth counting."""
     gradient_bytes: int | None = None
     """Of an element of a gradient, kept and on the wire. None: the engine's own (fp32 where computation is narrower)."""
+    bucket_bytes: int | None = None
+    """Of a bucket of gradients on the wire. None: the engine's own, which grow with the data-parallel group."""
+    grouped_products: bool = True
+    """One kernel for the products of all experts of a rank, not one for each expert."""
+    gathers_experts: bool = False
+    """A token's row goes once over the expert-parallel ranks and is gathered among those that share an expert (Megatron's way)."""
     single_ring: bool = False
     """Data-parallel collectives run as one ring, which leaves each node by one network port, not by all of its ports at once."""
     compiled: bool = False

@@ -35,12 +35,18 @@ def balance_stages(estimator: Estimator, layout: Layout) -> Balanced:
         raise UserError("there is one stage: balancing needs pp of 2 or more, got pp1")
     even = estimator.estimate(replace(layout, stage_layers=None))
     layers, first, last = _layer_seconds(estimator, layout)
-    counts = least_maximum(layers, layout.pp * layout.chunks, first, last)
+    counts = least_maximum_layers(estimator, layout)
     balanced = estimator.estimate(replace(layout, stage_layers=counts))
     better = (not balanced.fits, balanced.step_time_s) < (not even.fits, even.step_time_s)
     best = balanced if better else even
     held = best.layout.stage_layers or even_counts(len(layers), layout.pp * layout.chunks)
     return Balanced(even, best, _chunk_sums(layers, held, first, last))
+
+
+def least_maximum_layers(estimator: Estimator, layout: Layout) -> tuple[int, ...]:
+    """Layers of each chunk, so that the slowest chunk is as quick as can be."""
+    layers, first, last = _layer_seconds(estimator, layout)
+    return least_maximum(layers, layout.pp * layout.chunks, first, last)
 
 
 def least_maximum(costs: Sequence[float], parts: int, first: float = 0.0, last: float = 0.0) -> tuple[int, ...]:
