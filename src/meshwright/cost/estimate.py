@@ -26,6 +26,7 @@ from meshwright.spec.kernels import KernelConstants, load_kernel_constants
 from meshwright.spec.layout import Layout
 from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt, refuse_unpriced
 from meshwright.spec.model import Model
+from meshwright.spec.residuals import ErrorBar, load_residuals, step_class
 from meshwright.spec.workload import Workload
 
 
@@ -64,6 +65,8 @@ class Estimate:
     breakdown: dict[str, float]
     """Seconds of the step by what the busiest stage spends them on."""
     evidence: dict[str, str]
+    error_bar: ErrorBar | None = None
+    """Of the step's time; None where no published runs of its class were scored."""
     offload: OffloadCost | None = None
     timeline: Timeline | None = field(default=None, repr=False)
 
@@ -102,6 +105,7 @@ class Estimate:
             "collectives": [{name: getattr(c, name) for name in CollectiveCost.__slots__} for c in self.collectives],
             "breakdown": self.breakdown,
             "evidence": self.evidence,
+            "error_bars": {"step_time_s": self.error_bar.as_dict(self.step_time_s)} if self.error_bar else {},
         }
 
 
@@ -552,9 +556,18 @@ class Estimator:
                 "memory": "formula: the engine's own buffers",
                 **({"offload": self._links(layout).evidence} if offload else {}),
             },
+            error_bar=self._error_bar(layout),
             offload=offload,
             timeline=timeline,
         )
+
+    def _error_bar(self, layout: Layout) -> ErrorBar | None:
+        """Measured machines are not those of the published runs, nor are CPUs."""
+        node = self.cluster.node
+        if self.cluster.measured or node.compute_slots is not None:
+            return None
+        of = step_class(-(-layout.world // node.accelerators), self.model.experts is not None)
+        return load_residuals().step_time.get(of)
 
 
 def estimate(model: Model, cluster: Cluster, workload: Workload, layout: Layout) -> Estimate:

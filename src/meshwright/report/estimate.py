@@ -8,6 +8,7 @@ from rich.text import Text
 
 from meshwright.cost.estimate import Estimate
 from meshwright.report.units import count, gib, percent, seconds, size
+from meshwright.spec.residuals import SHARE
 
 MANY_STAGES = 8
 
@@ -25,6 +26,7 @@ def _headline(e: Estimate) -> RenderableType:
     verdict = "fits" if e.fits else "[red]does not fit[/red]"
     rows = [
         ("step", f"{seconds(e.step_time_s)} for {e.workload.global_batch} sequences of {e.workload.seq} tokens"),
+        ("error bar", _bar(e)),
         (
             "throughput",
             f"{e.tokens_per_s:,.0f} tokens/s, {e.tokens_per_s / e.layout.world:,.0f} a GPU, {count(e.tokens_per_s * 86_400)} tokens a day",
@@ -43,6 +45,14 @@ def _headline(e: Estimate) -> RenderableType:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _bar(e: Estimate) -> str:
+    if e.error_bar is None:
+        return "none: no published runs of this class were scored"
+    low, high = e.error_bar.around(e.step_time_s)
+    runs = f"{e.error_bar.runs:,} published runs of this class, from {e.error_bar.sources} sources"
+    return f"{seconds(low)} to {seconds(high)}: so far off were {SHARE:.0%} of {runs}"
 
 
 def _memory(e: Estimate) -> RenderableType:
