@@ -46,6 +46,19 @@ def test_recompute_is_cut_down_to_what_memory_needs() -> None:
     assert not estimator(problem).played(fewer).fits
 
 
+def test_no_change_that_does_not_fit_is_taken() -> None:
+    given = parse_layout("dp8:zero1 pp2:1f1b mb1")
+    [(free, price)] = refine(estimator(LLAMA), [given])
+    least = estimator(LLAMA).played(given).peak_bytes
+    assert free != given
+    assert price.peak_bytes > least
+    accelerator = H100.accelerator.model_copy(update={"memory_bytes": least})
+    tight = Problem(LLAMA.model, H100.model_copy(update={"accelerator": accelerator}), LLAMA.workload, 16)
+    [(held, its)] = refine(estimator(tight), [given])
+    assert held == given
+    assert its.fits
+
+
 def test_stages_of_equal_cost_are_found() -> None:
     given = parse_layout("dp8:zero1 pp2:1f1b mb1")
     [(best, price)] = refine(estimator(LLAMA), [given])
@@ -109,6 +122,14 @@ def test_sensitivity_asks_the_search_again() -> None:
     assert batch.estimate.workload.global_batch == 128
     assert batch.estimate.tokens_per_s >= base.estimate.tokens_per_s * (1 - 5e-3)
     assert half.gpus == half.estimate.layout.world == 8
+
+
+def test_another_nic_is_another_network() -> None:
+    problem = Problem(load_model("llama-3.2-1b"), H100, Workload(1024, 16), 16)
+    base, nics, *_ = sensitivity(problem)
+    assert base.estimate is not None
+    assert nics.estimate is not None
+    assert nics.estimate.step_time_s < base.estimate.step_time_s * (1 - 5e-3)
 
 
 def test_a_cluster_without_a_network_has_no_nic_to_add() -> None:
