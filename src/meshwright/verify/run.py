@@ -10,40 +10,47 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from meshwright.parallel.ranks import RankPool
-from meshwright.spec.errors import choices
+from meshwright.spec.errors import UserError
 from meshwright.spec.huggingface import load_model
-from meshwright.spec.layout import Layout
+from meshwright.spec.layout import PRECISIONS, Layout, Precision
 from meshwright.spec.legality import refuse_unbuilt, refuse_unrunnable_model
+from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.verify.check import TOLERANCE, Verification, Verifier
 from meshwright.verify.matrix import Matrix, parity_matrix
-from meshwright.verify.ranks import Sabotage
 
 DENSE_MODEL, SPARSE_MODEL = "llama-3-8b", "mixtral-8x7b"
 """What is shrunk when no model is given: the second where the layout splits experts."""
 
+MOST_RANKS = 64
+"""Every rank is a process of this machine. A bug of the engine that shows only above would be new: the modes matter, not the degrees."""
 
-def verify(
-    layout: str, model: str | None = None, precision: str = "fp64", sabotage: Sabotage | None = None
-) -> Verification:
-    """Run a shrunk `model` under `layout` on local processes, in `precision`, against one process.
 
-    Raises UserError for a layout, model or precision that cannot be verified. `sabotage`: for tests, run in every rank first.
+def verify(layout: str, model: str | None = None, precision: str | None = None) -> Verification:
+    """Run a shrunk `model` under `layout` on local processes against one process. `precision`: instead of the layout's; fp64 where
+    neither says one.
+
+    Raises UserError for a layout, model or precision that cannot be verified.
     """
-    if precision not in TOLERANCE:
-        raise choices(precision, TOLERANCE, "precision to verify in")
-    parsed = replace(parse_layout(layout), precision=precision)  # type: ignore[arg-type]
+    parsed = replace(parse_layout(layout), precision=_precision(precision or _given_precision(layout)))
     refuse_unbuilt(parsed)
-    loaded = load_model(model or (SPARSE_MODEL if parsed.ep > 1 or parsed.etp > 1 else DENSE_MODEL))
-    refuse_unrunnable_model(loaded)
+    if parsed.world > MOST_RANKS:
+        raise UserError(
+            f"'{parsed}' has {parsed.world} ranks, and every one would be a process of this machine: at most {MOST_RANKS}; "
+            "try smaller degrees of the same axes, with the same modes"
+        )
+    loaded = _model(model or (SPARSE_MODEL if parsed.ep > 1 or parsed.etp > 1 else DENSE_MODEL))
     with _pool() as pool, Console(stderr=True).status(f"running {parsed} on {parsed.world} local ranks"):
-        return Verifier(loaded, pool, sabotage).verify(parsed)
+        return Verifier(loaded, pool).verify(parsed)
 
 
-def verify_matrix(model: str | None = None, count: int = 1, ranks: int = 8, seed: int = 0) -> Matrix:
+def verify_matrix(
+    model: str | None = None, count: int = 0, ranks: int = 8, precision: str | None = None, seed: int = 0
+) -> Matrix:
     """Verify layouts that cover every pair of modes, at least `count`, and sort their errors by pairs."""
-    loaded = load_model(model or SPARSE_MODEL)
-    refuse_unrunnable_model(loaded)
+    if not 2 <= ranks <= MOST_RANKS:
+        raise UserError(f"the matrix is of layouts of 2 to {MOST_RANKS} ranks, got {ranks}: try 8")
+    chosen, loaded = _precision(precision), _model(model or SPARSE_MODEL)
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
     with _pool() as pool, Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("choosing layouts", total=None)
@@ -51,7 +58,27 @@ def verify_matrix(model: str | None = None, count: int = 1, ranks: int = 8, seed
         def progress(done: int, total: int, layout: Layout) -> None:
             bar.update(task, completed=done, total=total, description=str(layout))
 
-        return parity_matrix(Verifier(loaded, pool), loaded, count, ranks, progress, seed)
+        return parity_matrix(Verifier(loaded, pool), count, ranks, chosen, progress, seed)
+
+
+def _given_precision(layout: str) -> str | None:
+    """A Layout has a precision always; here it matters whether one was written."""
+    return next((token for token in layout.split() if token in PRECISIONS), None)
+
+
+def _precision(name: str | None) -> Precision:
+    if name is not None and name not in TOLERANCE:
+        raise UserError(
+            f"precision {name}: verify tells a mistake from rounding in {' or '.join(TOLERANCE)}: leave it out of the layout, or "
+            "override it with --precision fp64"
+        )
+    return name or "fp64"  # type: ignore[return-value]
+
+
+def _model(name: str) -> Model:
+    model = load_model(name)
+    refuse_unrunnable_model(model)
+    return model
 
 
 @contextmanager
