@@ -6,10 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from meshwright.cli.main import main
+from meshwright.cost.memory import away_bytes
+from meshwright.cost.program import Place, rank_program
+from meshwright.spec.huggingface import load_model
+from meshwright.spec.notation import parse_layout
+from meshwright.spec.workload import Workload
 
 SMALL = ["--model", "llama-tiny", "--seq", "32", "--global-batch", "4", "--steps", "4", "--warmup", "1"]
 
@@ -111,6 +117,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["--data", "no/such/file.txt"], "no/such/file.txt"),
         (["nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--lr", "-1"], "lr"),
+        (["--offload-dir", "d"], "offload_dir d would not be used: mb1 fp32 keeps nothing in files"),
+        (["--layout", "mb1 offload:all"], "offload:all keeps parameters away between uses, which is ZeRO-3's: got zero0"),
         (["--resume"], "nothing to resume"),
         (["--init", "nowhere"], "nowhere"),
     ],
@@ -120,6 +128,52 @@ def test_bad_input_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert message in refusal(monkeypatch, capsys, "train", *arguments)
+
+
+def test_offload_without_space_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    layout = ["--layout", "dp2 mb1 bf16 offload:optimizer@file"]
+    program = rank_program(load_model("llama-tiny"), parse_layout(layout[1]), Workload(256, 8), Place())
+    needed = 2 * away_bytes(program, parse_layout(layout[1]))["file"]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    said = refusal(monkeypatch, capsys, "train", *layout, "--offload-dir", "fast/drive")
+    assert said == (
+        f"error: offload needs {needed:,} bytes in fast/drive for 2 ranks, but {needed - 1:,} are free: "
+        "try another directory with --offload-dir, or keep it in memory with offload:optimizer@cpu"
+    )
+    (tmp_path / "taken").write_text("")
+    assert "is not a directory that can be written" in refusal(
+        monkeypatch, capsys, "train", *layout, "--offload-dir", "taken/x"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"], "nothing was started"
+
+
+def test_a_run_that_offloads_to_files(tmp_path: Path, text: Path) -> None:
+    layout = "mb4 bf16 offload:optimizer@file"
+    done = meshwright("train", *SMALL, "--data", str(text), "--layout", layout, "--out", "away", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "away/offload").iterdir()) == [], "the files are scratch"
+    program = rank_program(load_model("llama-tiny"), parse_layout(layout), Workload(32, 4), Place())
+    rank = json.loads((tmp_path / "away/report.json").read_text())["ranks"][0]
+    assert rank["away_bytes"] == away_bytes(program, parse_layout(layout))["file"]
+
+
+@pytest.mark.parity
+def test_a_run_that_offloads_all_is_the_same(tmp_path: Path, text: Path) -> None:
+    common = ("--data", str(text), "--seq", "32", "--global-batch", "4", "--steps", "3", "--save-every", "2")
+    layout = "dp2:zero3 mb1 bf16"
+    for name, given in (("plain", (layout,)), ("away", (f"{layout} offload:all@file", "--offload-dir", "drive"))):
+        done = meshwright("train", "--layout", *given, "--out", name, *common, directory=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "away/metrics.jsonl") == losses(tmp_path / "plain/metrics.jsonl")
+    assert list((tmp_path / "drive").iterdir()) == [], "the files are scratch"
+    table = meshwright("compare", "away", "--cluster", "local", "--json", directory=tmp_path)
+    assert table.returncode == 0, table.stderr
+    counted = {row["figure"]: row for row in json.loads(table.stdout) if row["unit"] == "B"}
+    assert counted["file, largest rank"]["measured"] > 0
+    assert all(row["error"] == 0 for row in counted.values())
 
 
 def test_bad_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

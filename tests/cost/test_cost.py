@@ -8,15 +8,16 @@ from dataclasses import replace
 from math import prod, sqrt
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from meshwright import api
 from meshwright.cost.collectives import WIRE_FACTOR, CollectiveTimes
-from meshwright.cost.estimate import Estimate
+from meshwright.cost.estimate import Estimate, Estimator, estimate
 from meshwright.cost.flops import model_flops_per_token
 from meshwright.cost.kernels import Kernels, interpolate
-from meshwright.cost.memory import stage_memory, state_bytes
+from meshwright.cost.memory import away_bytes, stage_memory, state_bytes
+from meshwright.cost.offload import OffloadCost
 from meshwright.cost.ops import Attention, Collective, Gemm, Op, Piece, Under
 from meshwright.cost.pieces import layer_piece
 from meshwright.cost.program import Place, Program, rank_program
@@ -28,6 +29,7 @@ from meshwright.spec.cluster import AttentionPoint, Cluster, CollectivePoint, Ma
 from meshwright.spec.collectives import load_collective_constants
 from meshwright.spec.errors import UserError
 from meshwright.spec.huggingface import load_model
+from meshwright.spec.kernels import load_kernel_constants
 from meshwright.spec.layout import Layout
 from meshwright.spec.legality import micro_batches
 from meshwright.spec.model import Model
@@ -203,7 +205,8 @@ def test_async_tensor_parallel_sends_and_multiplies_what_sequence_parallel_does(
 def test_async_tensor_parallel_hides_what_fits_under_its_products() -> None:
     estimates = {mode: priced(f"tp4:{mode} dp2", model="llama-3-8b", seq=8192, batch=16) for mode in ("sp", "async")}
     exposed = {mode: e.breakdown["tp exposed"] for mode, e in estimates.items()}
-    assert exposed["async"] < exposed["sp"] / 2
+    # What hides still takes its share from the products beside it.
+    assert exposed["async"] < exposed["sp"] * (0.5 + load_kernel_constants().beside / 2)
     assert estimates["async"].step_time_s < estimates["sp"].step_time_s
     (hops,) = (c for c in estimates["async"].collectives if c.op == "send")
     assert 0 < hops.exposed_s < hops.time_s
@@ -254,13 +257,23 @@ def test_one_rank_sends_nothing() -> None:
 # --- memory
 
 
-@pytest.mark.parametrize(("precision", "state"), [("bf16", (2, 4, 12)), ("fp32", (4, 4, 8)), ("fp64", (8, 8, 16))])
+@pytest.mark.parametrize(
+    ("precision", "state"),
+    [
+        ("bf16", (2, 4, 12)),
+        ("fp32", (4, 4, 8)),
+        ("fp64", (8, 8, 16)),
+        ("bf16 params:fp32", (4, 4, 8)),
+        ("bf16 grads:bf16", (2, 2, 12)),
+        ("fp16 params:fp32 grads:fp16", (4, 2, 8)),
+    ],
+)
 def test_state_bytes_of_one_rank(precision: str, state: tuple[int, int, int]) -> None:
     model = load_model("gpt2")
     program = rank_program(model, parse_layout(precision), WORK, Place())
     held = state_bytes(program, parse_layout(precision))
     for name, bytes_ in zip(("parameters", "gradients", "optimizer"), state, strict=True):
-        assert held[name] == pytest.approx(124_439_808 * bytes_, rel=1e-4)  # alignment
+        assert held[name] == pytest.approx(124_439_808 * bytes_, rel=1e-3)  # alignment, and the dtypes of vectors
 
 
 @pytest.mark.parametrize("dp", [2, 4, 16])
@@ -301,6 +314,30 @@ def test_full_recompute_keeps_only_the_input_of_a_layer() -> None:
         )
 
 
+def test_recompute_of_some_layers_keeps_the_others_whole() -> None:
+    """Of one chunk of four layers, of two, and of more than there are."""
+    model = replace(SMALL, layers=4)
+
+    def saved(text: str) -> int:
+        program = rank_program(model, parse_layout(text), WORK, Place(0))
+        return sum(piece.saved_bytes * repeat for piece, repeat in program.pieces)
+
+    for base in ("mb1", "tp2:sp mb1", "pp2 mb1"):
+        whole, bare = saved(base), saved(f"{base} ac:full")
+        layers = 2 if "pp2" in base else 4
+        assert saved(f"{base} ac:full:1") == whole - (whole - bare) // layers
+        assert saved(f"{base} ac:full:{layers + 1}") == bare
+
+
+def test_recompute_of_the_mlp_keeps_its_input_alone() -> None:
+    plain, again = (layer_piece(SMALL, parse_layout(text), WORK.seq, None) for text in ("mb2", "mb2 ac:mlp"))
+    hidden_units = 4 * SMALL.ffn * 2 * WORK.seq * 2  # gate, up, activated gate, and their product
+    assert plain.saved_bytes - again.saved_bytes == hidden_units == again.working_bytes
+    assert [op.name for op in again.recomputed if isinstance(op, Gemm)] == ["mlp.gate_up.gate", "mlp.gate_up.up"]
+    both = layer_piece(SMALL, parse_layout("mb2 ac:core+mlp"), WORK.seq, None)
+    assert again.saved_bytes - both.saved_bytes == SMALL.heads * 2 * WORK.seq * 4  # the log-sum-exp
+
+
 def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
     for text, flights in (("pp4 mb1", (4, 3, 2, 1)), ("pp4:gpipe mb1", (16, 16, 16, 16))):
         layout = parse_layout(text)
@@ -312,6 +349,71 @@ def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
             )
             assert held.categories["overhead"] == 7
             assert held.total_bytes == sum(held.categories.values())
+
+
+# --- offload
+
+
+@pytest.mark.parametrize(
+    ("layout", "kept"), [("dp4:zero3 mb1 offload:all", 14), ("dp4:zero3 mb1 offload:all params:fp32", 12)]
+)
+def test_what_is_offloaded_leaves_the_device(layout: str, kept: int) -> None:
+    """bf16 parameters, master weights and moments are 2 + 12 bytes a parameter, fp32 parameters and moments 4 + 8."""
+    model, parsed = load_model("llama-3-8b"), parse_layout(layout)
+    program = rank_program(model, parsed, WORK, Place())
+    owned = sum(bucket.owned for bucket in program.buckets)
+    away, held = away_bytes(program, parsed), state_bytes(program, parsed)
+    assert away == {"host": pytest.approx(kept * owned, rel=1e-3)}  # but for the vectors, which stay
+    assert held["parameters"] < 1e-3 * 2 * owned
+    assert held["optimizer"] == 4 * len(program.buckets)
+    assert held["offload"] < 0.4 * away["host"], "a few buckets of many"
+
+
+def offload_cost(text: str, cluster: Cluster) -> OffloadCost:
+    found = estimate(load_model("llama-3-8b"), cluster, Workload(4096, 64), parse_layout(text)).offload
+    assert found is not None
+    return found
+
+
+def test_offload_takes_its_bytes_over_the_link() -> None:
+    """24 bytes a parameter for the optimizer, half of them each way at once; all but the first and the last bucket may hide under the
+    update, which is far quicker here."""
+    cost = offload_cost("dp8:zero1 mb1 offload:optimizer", H100)
+    assert cost.read_bytes == cost.written_bytes == cost.kept_bytes
+    assert cost.time_s == pytest.approx(cost.kept_bytes / 63e9)
+    assert 0.8 * cost.time_s < cost.exposed_s < 1.5 * cost.time_s
+    all_ = offload_cost("dp8:zero3 mb1 offload:all", H100)
+    owned = all_.kept_bytes / 14
+    # Eight micro-batches read the layers for forward and backward, embedding and head once.
+    assert all_.read_bytes - 12 * owned == pytest.approx(8 * 2 * owned * 2, rel=0.15)
+    assert all_.exposed_s < 0.5 * all_.time_s, "the passes hide their reads"
+
+
+def test_a_rate_that_is_not_known_is_told() -> None:
+    text = "dp8:zero1 mb1 offload:optimizer@file"
+    priced = estimate(load_model("llama-3-8b"), H100, Workload(4096, 64), parse_layout(text))
+    assert "a lower bound" in priced.evidence["offload"]
+    assert "no file_bandwidth of a node of h100-superpod" in priced.evidence["offload"]
+    rated = H100.model_copy(update={"node": H100.node.model_copy(update={"file_bandwidth": 16e9})})
+    cost = offload_cost(text, rated)
+    assert cost.where == "file"
+    assert cost.time_s == pytest.approx(2 * cost.kept_bytes / (16e9 / 8)), "eight ranks share the drives"
+    assert priced.as_dict()["memory"][0]["away"] == {"file": cost.kept_bytes}
+    assert priced.as_dict()["offload"]["kept_bytes"] == cost.kept_bytes
+
+
+@pytest.mark.parametrize(
+    "layout", ["dp8:zero1 mb1 offload:optimizer", "dp8:zero3 mb1 offload:all", "dp8:zero3 mb1 params:fp32"]
+)
+def test_offload_and_casts_cost_time(layout: str) -> None:
+    """And the closed form agrees with the schedule that is played."""
+    model, work = load_model("llama-3-8b"), Workload(4096, 64)
+    plain = estimate(model, H100, work, parse_layout(" ".join(layout.split()[:2])))
+    estimator = Estimator(model, H100, work)
+    priced, quick = estimator.estimate(parse_layout(layout)), estimator.played(parse_layout(layout))
+    assert priced.step_time_s > plain.step_time_s
+    assert quick.step_time_s == pytest.approx(priced.step_time_s)
+    assert quick.peak_bytes == priced.peak_bytes
 
 
 # --- seconds of a kernel
@@ -347,10 +449,13 @@ H100, LOCAL = load_cluster("h100-superpod"), load_cluster("local")
 
 
 def test_a_large_product_runs_at_the_share_of_the_peak_and_a_thin_one_at_the_memorys_rate() -> None:
-    kernels = Kernels(H100, "bf16", 1)
-    assert kernels.gemm(Gemm("large", 8192, 8192, 8192)) == pytest.approx(2 * 8192**3 / (0.803 * 989e12))
+    kernels, constants = Kernels(H100, "bf16", 1), load_kernel_constants()
+    rate = 0.803 * 989e12 * constants.sustained_share
+    # 32 x 64 tiles of 256 x 128 on 132 processors: 16 waves, the last of which is half empty.
+    wave = 2 * 256 * 128 * (8192 + constants.tile_fill) / (rate / 132)
+    assert kernels.gemm(Gemm("large", 8192, 8192, 8192)) == pytest.approx(16 * wave + constants.gap)
     assert kernels.gemm(Gemm("thin", 1, 8192, 8192)) == pytest.approx(
-        2 * (8192 + 8192 + 8192**2) / kernels.memory_bandwidth
+        2 * (8192 + 8192 + 8192**2) / kernels.memory_bandwidth + constants.gap
     )
     assert "published" in kernels.evidence
     assert "formula" in Kernels(load_cluster("mi300x-roce"), "fp32", 1).evidence
@@ -404,7 +509,10 @@ def test_more_bytes_never_take_less_time(cluster: str, op: str, n: int, stride: 
 
 @given(SWITCHED, RING, st.integers(2, 128), st.integers(2, 128), st.sampled_from((1, 2, 8)), BYTES)
 def test_more_ranks_never_take_less_time(cluster: str, op: str, one: int, other: int, stride: int, nbytes: int) -> None:
-    t = times(load_cluster(cluster))
+    """But for an all-reduce that the switch sums: 5 ranks of 8 are quicker than 4, which it leaves to the ring."""
+    loaded = load_cluster(cluster)
+    assume(op != "all_reduce" or not loaded.accelerator.scale_up.sums_in_switch)
+    t = times(loaded)
     fewer, more = sorted((one, other))
     assert t.seconds(Collective("tp", op, fewer, stride, nbytes)) <= t.seconds(
         Collective("tp", op, more, stride, nbytes)
@@ -422,9 +530,15 @@ def test_the_network_is_slower_than_scale_up(cluster: str, op: str, n: int, nbyt
 
 
 def test_a_large_all_reduce_by_hand() -> None:
-    """2 (n - 1) / n x S over the ring's rate: 370.8 GB/s inside a DGX H100, 0.97 x 50 GB/s of a rank's own NIC between nodes."""
+    """2 (n - 1) / n x S over the ring's rate: 370.8 GB/s inside a DGX H100, 0.97 x 50 GB/s of a rank's own NIC between nodes.
+    Inside, each rank also copies its own n-th part at about twice that rate, and the switch sums an all-reduce of 8."""
     t = times(H100)
-    assert t.seconds(Collective("tp", "all_reduce", 8, 1, 10**10)) == pytest.approx(2 * 7 / 8 * 1e10 / 370.8e9, rel=0.01)
+    inside = 0.98 * 370.8e9
+    gathered, reduced = (Collective("tp", op, 8, 1, 10**10) for op in ("all_gather", "all_reduce"))  # type: ignore[arg-type]
+    assert t.seconds(gathered) == pytest.approx((7 / 8 + 0.49 / 8) * 1e10 / inside, rel=0.01)
+    assert t.seconds(reduced) == pytest.approx((2 * 7 / 8 + 0.49 / 8) * 1e10 / (1.3 * 370.8e9), rel=0.01)
+    four = Collective("tp", "all_reduce", 4, 1, 10**10)
+    assert t.seconds(four) == pytest.approx((2 * 3 / 4 + 0.49 / 4) * 1e10 / inside, rel=0.01)
     assert t.seconds(Collective("dp", "all_reduce", 16, 8, 10**10)) == pytest.approx(2 * 15 / 16 * 1e10 / 48.5e9, rel=0.01)
     assert t.seconds(Collective("dp", "all_gather", 16, 8, 10**10)) == pytest.approx(15 / 16 * 1e10 / 48.5e9, rel=0.01)
     # Eight members in a node share its eight NICs, and the scale-up links are the narrower.
@@ -433,8 +547,10 @@ def test_a_large_all_reduce_by_hand() -> None:
 
 def test_a_pair_on_a_mesh_has_one_link_and_no_call_is_quicker_than_its_floor() -> None:
     t = times(load_cluster("mi300x-roce"))
-    assert t.seconds(Collective("tp", "all_reduce", 2, 1, 10**10)) == pytest.approx(1e10 / (0.74 * 64e9), rel=0.01)
-    assert times(H100).seconds(Collective("tp", "all_reduce", 2, 1, 1)) == 22e-6
+    assert t.seconds(Collective("tp", "all_reduce", 2, 1, 10**10)) == pytest.approx(1e10 / (0.98 * 0.74 * 64e9), rel=0.01)
+    a100 = times(load_cluster("a100-superpod"))
+    least = [x.seconds(Collective("tp", "all_reduce", 2, 1, 1)) for x in (a100, times(H100))]
+    assert least == pytest.approx([8.05e-6 + 2 * 1.17e-6, 0.65 * (8.05e-6 + 2 * 1.17e-6)], rel=1e-4)
     assert times(H100).seconds(Collective("dp", "all_reduce", 2, 8, 1)) == 62e-6
 
 
@@ -558,6 +674,9 @@ def test_hardware_flops_count_what_is_recomputed_and_no_more(layout: str) -> Non
     attention = 12 * model.layers * model.heads * model.head_dim * 2048
     expected = (6 * multiplied(model) + 2 * repeated + attention * 4 / 3) / (6 * multiplied(model) + attention)
     assert e.hfu / e.mfu == pytest.approx(expected, rel=5e-3)
+    half = priced(f"{layout} mb1 ac:full:{model.layers // parse_layout(layout).pp // 2}")
+    assert half.hfu / half.mfu - 1 == pytest.approx((e.hfu / e.mfu - 1) / 2)
+    assert e.mfu < half.mfu
 
 
 def test_the_bubble_shrinks_with_micro_batches_and_is_nothing_without_a_pipeline() -> None:
@@ -577,8 +696,8 @@ def test_what_does_not_fit_says_so() -> None:
 
 def test_stages_with_other_windows_are_priced_apart() -> None:
     """Four stages of one layer: the third has full attention, its neighbours a window."""
-    model = replace(SMALL, layers=4, windows=(16, 16, None, 16), max_positions=8192)
-    e = priced("pp4 mb1", model=model, seq=8192, batch=8)
+    model = replace(SMALL, layers=4, windows=(16, 16, None, 16), max_positions=2**18)
+    e = priced("pp4 mb1", model=model, seq=2**18, batch=8)
     assert e.timeline is not None
     busy = [e.timeline.busy(stage) for stage in range(4)]
     assert busy[2] > busy[1] * 1.05

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from workers import build, local_batch
 
 from meshwright.models.moe import MoE, Routing
 from meshwright.parallel.balance import load_metrics, sequence_balance_loss, summed_load, update_selection_bias
@@ -22,6 +23,7 @@ from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.parameters import layer_parameters
 from meshwright.spec.shards import Seat, Shard, Split, shard
+from meshwright.spec.workload import Workload
 
 AT = "layers.0.moe."
 DENSE = Model(
@@ -158,3 +160,10 @@ def loads(model: Model, hot: tuple[int, ...], counts: tuple[int, ...]) -> tuple[
     moes[0].router.selection_bias.zero_()
     update_selection_bias(moes, load_lE, rate=0.5)
     return load_lE, dropped_l, moes[0].router.selection_bias, load_metrics(load_lE, dropped_l)
+
+
+def expert_loads(model: Model, workload: Workload, layout: Layout) -> list[torch.Tensor]:
+    """What the experts of each layer got in a step, as counted on this rank."""
+    engine = build(model, workload, layout)
+    engine.gradients(local_batch(model, workload, engine))
+    return [moe.load_E for moe in engine.moes if moe.load_E is not None]

@@ -107,6 +107,7 @@ SPARSE_LAYOUTS = (
     "cp2:ring tp2:sp ep4 mb2",
     "cp2:ulysses ep2 mb4",
     "dp2 tp2:async ep4 mb2 ac:full",
+    "dp2:zero3 tp2 ep2 pp2:zb-h1 mb1 ac:core+mlp:1",
 )
 """Experts over any of the other axes."""
 
@@ -143,4 +144,7 @@ MORE_LAYOUTS = (
     "dp2:zero3 cp2 pp2:zb-h1 mb1",
     "dp2 pp2 mb1 stages:3-1",
     "tp2:sp pp2:zb-h1 mb2 stages:1-3",
+    "dp2:zero3 tp2:sp mb2 ac:core+mlp:2",
+    "cp2:ring pp2:zb-h1 mb1 ac:mlp",
+    "pp2 mb1 ac:full:1",
 )

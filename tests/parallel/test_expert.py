@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import expert_workers as workers
 import pytest
 import torch
+from fixtures import MIXTRAL, WORKLOAD
 from torch import Tensor
 
 from meshwright.parallel.balance import load_metrics, sequence_balance_loss
@@ -182,3 +183,13 @@ def assert_close(what: str, got: Tensor, expected: Tensor) -> None:
     if expected.numel():
         scale = expected.abs().max().clamp_min(1.0)  # gradients that are zero by definition leave rounding
         assert (got - expected).abs().max() <= TOLERANCE * scale, what
+
+
+@pytest.mark.parametrize("recompute", ["ac:full", "ac:full:1", "ac:mlp"])
+def test_tokens_that_run_again_in_backward_are_counted_once(recompute: str) -> None:
+    plain, again = (
+        run_distributed(workers.expert_loads, 1, MIXTRAL, WORKLOAD, parse_layout(f"mb4 {ac} fp64"))[0]
+        for ac in ("", recompute)
+    )
+    assert len(plain) == MIXTRAL.layers
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))

@@ -40,6 +40,35 @@ def check_traffic(model: Model, layout: str, precision: str) -> None:
         assert rank["state"] == state_bytes(program, parsed)
 
 
+DTYPES = (
+    "bf16 params:fp32 grads:bf16",
+    "bf16 params:fp32",
+    "bf16 grads:bf16",
+    "fp16 params:fp32 grads:fp16",
+    "bf16 params:bf16",
+)
+DTYPE_CASES = (
+    ("tied", "dp2:zero1 tp2:sp mb2"),
+    ("untied", "dp2:zero3 pp2 mb1"),
+    ("few-kv-heads", "dp2 tp2 pp2 mb2"),
+    ("gpt2-like", "dp4:zero2 mb1"),
+    ("gpt-oss-like", "dp4:zero3x2 ep4 mb2 ac:selective"),
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtypes"),
+    [
+        pytest.param(case, dtypes, marks=[] if dtypes == DTYPES[0] and case in DTYPE_CASES[:3] else [pytest.mark.parity])
+        for case in DTYPE_CASES
+        for dtypes in DTYPES
+    ],
+)
+def test_predicted_equals_counted_with_dtypes_of_their_own(case: tuple[str, str], dtypes: str) -> None:
+    name, layout = case
+    check_traffic((MODELS | SPARSE)[name], layout, dtypes)
+
+
 @pytest.mark.parametrize(
     "layout", ["dp2 tp2:sp pp2 mb1 fp32", "dp2:zero1 tp2 mb1 fp32", "dp4 mb1 fp32", "tp4:async mb1 fp32"]
 )

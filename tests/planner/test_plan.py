@@ -312,7 +312,7 @@ def test_the_space_is_every_legal_layout_once(model: str, gpus: int, batch: int,
 
 def brute_force(model: Model, work: Workload, gpus: int) -> Iterator[Layout]:
     """Every combination of everything, of which the legal ones are kept."""
-    pipelines = [("1f1b", 1), ("zb-h1", 1), ("zb-v", 2), ("dualpipe-v", 2), *(("interleaved", v) for v in range(2, 9))]
+    pipelines = [("1f1b", 1), ("zb-h1", 1), ("zb-v", 2), ("dualpipe-v", 2), *(("interleaved", v) for v in range(2, 7))]
     experts = list(product(divisors(model.experts.count), divisors(8))) if model.experts else [(1, 1)]
     for dp, tp, pp, cp in product(divisors(gpus), repeat=4):
         if dp * tp * pp * cp != gpus or (cp > 1 and work.seq // cp < MIN_TOKENS):

@@ -192,7 +192,7 @@ def test_a_workload_of_nothing_is_refused(seq: int, batch: int, said: str) -> No
 
 # --- what this version would ignore
 
-UNBUILT = [("offload:optimizer", ("offload optimizer", "none"))]
+UNBUILT = [("ac:core+norms", ("recompute of core+norms", "core, core+mlp, mlp"))]
 
 
 @pytest.mark.parametrize(("layout", "said"), UNBUILT, ids=[layout for layout, _ in UNBUILT])
@@ -205,7 +205,19 @@ def test_a_mode_that_is_not_built_is_refused(layout: str, said: tuple[str, ...])
 
 
 @pytest.mark.parametrize(
-    "layout", ["mb1", "dp2:zero1 tp2:sp pp2:gpipe mb1 ac:full fp32", "pp2 fp64", "dp2 order:pp-dp-cp-tp", "tp2:async fp8"]
+    "layout",
+    [
+        "mb1",
+        "dp2:zero1 tp2:sp pp2:gpipe mb1 ac:full fp32",
+        "pp2 fp64",
+        "dp2 order:pp-dp-cp-tp",
+        "tp2:async fp8",
+        "mb1 params:fp32 grads:bf16",
+        "mb1 fp16 grads:fp16 offload:optimizer@file",
+        "dp2:zero3 mb1 offload:all",
+        "ac:core+mlp:3",
+        "ac:full:2",
+    ],
 )
 def test_a_mode_that_is_built_is_not(layout: str) -> None:
     refuse_unbuilt(parse_layout(layout))

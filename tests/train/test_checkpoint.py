@@ -25,13 +25,18 @@ PAIRS = (
     ("dp2:zero1 tp2 mb2", "mb4"),
 )
 
+OFFLOADED = [
+    ("dp2:zero1 mb2", "dp2:zero3 mb2 offload:all@file"),
+    ("dp2:zero3 mb1 offload:all", "tp2 mb4 offload:optimizer@file"),
+]
 
 SPARSE_PAIRS = [("dp2 ep2 mb2", "dp2:zero3 tp2 etp2 mb2"), ("dp4:zero3x2 ep4 mb1", "pp2x2:zb-v mb2")]
 
 
 @pytest.mark.parametrize("model", ["tied", "few-kv-heads"])
 @pytest.mark.parametrize(
-    ("before", "after"), [*PAIRS, ("dp4:zero3x2 mb1", "cp2 tp2 mb2"), ("pp2x2:interleaved mb2", "dp2:zero2 mb2")]
+    ("before", "after"),
+    [*PAIRS, ("dp4:zero3x2 mb1", "cp2 tp2 mb2"), ("pp2x2:interleaved mb2", "dp2:zero2 mb2"), *OFFLOADED],
 )
 def test_resume_under_another_layout(tmp_path: Path, model: str, before: str, after: str) -> None:
     check_resume(tmp_path, MODELS[model], before, after)
@@ -60,6 +65,14 @@ def test_bf16_keeps_its_master_weights(tmp_path: Path) -> None:
     run_distributed(train_workers.train_and_save, 2, MODELS["untied"], WORKLOAD, layouts[0], tmp_path / "b", 3)
     rest = run_distributed(train_workers.resume, 2, MODELS["untied"], WORKLOAD, layouts[1], tmp_path / "b", 6)[0]
     assert rest == pytest.approx(whole[3:], rel=1e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [("", " offload:all@file"), (" offload:all", "")])
+def test_with_and_without_offload_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path, before: str, after: str) -> None:
+    plain, first, second = (parse_layout(f"dp2:zero3 mb2 bf16{offload}") for offload in ("", before, after))
+    whole = run_distributed(train_workers.train_and_save, 2, MODELS["tied"], WORKLOAD, plain, tmp_path / "a", 6)[0]
+    run_distributed(train_workers.train_and_save, 2, MODELS["tied"], WORKLOAD, first, tmp_path / "b", 3)
+    assert run_distributed(train_workers.resume, 2, MODELS["tied"], WORKLOAD, second, tmp_path / "b", 6)[0] == whole[3:]
 
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -44,9 +44,8 @@ def train_and_save(model: Model, workload: Workload, layout: Layout, directory: 
 def resume(model: Model, workload: Workload, layout: Layout, directory: Path, until: int) -> list[float]:
     engine = workers.build(model, workload, layout)
     for bucket in engine.state.buckets:  # what is not loaded must show
-        bucket.parameters.fill_(float("nan"))
-        with torch.no_grad():
-            bucket.weights.fill_(float("nan"))
+        for kept in (bucket.parameters, *bucket.state_at_rest):
+            kept.fill_(float("nan"))
     optimizer = Optimizer(RECIPE, engine.state)
     path = newest_checkpoint(directory)
     assert path is not None

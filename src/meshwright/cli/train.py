@@ -33,6 +33,9 @@ def train(
     init: Annotated[str | None, typer.Option(help="Hugging Face safetensors directory to start from.")] = None,
     cluster: Annotated[str | None, typer.Option(help="What MFU is measured against.")] = None,
     out: Annotated[str | None, typer.Option(help="Where checkpoints, metrics, report and plot go.")] = None,
+    offload_dir: Annotated[
+        str | None, typer.Option(help="Where offload@file keeps its files. Default: offload in --out.")
+    ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: only at the end.")] = None,
     resume: Annotated[
         bool | None, typer.Option("--resume", help="Go on from the newest checkpoint, whatever its layout.")
@@ -53,10 +56,12 @@ def train(
     from meshwright.train.launch import RankFailed, is_first_rank, launch, leave_outer_launcher, local_ranks, rank_device
     from meshwright.train.loop import peak_flops
     from meshwright.train.loop import train as run
-    from meshwright.train.room import check_machine_room
+    from meshwright.train.room import check_machine_room, check_offload_room
 
     world = parsed.parsed_layout.world
-    check_machine_room(checked, parsed.parsed_layout, parsed.workload, local_ranks(os.environ, world))
+    here = local_ranks(os.environ, world)
+    check_machine_room(checked, parsed.parsed_layout, parsed.workload, here)
+    check_offload_room(checked, parsed.parsed_layout, parsed.workload, here, parsed.offload_path)
     if parsed.parsed_layout.precision == "fp8":
         refuse_fp8(rank_device())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,6 +22,8 @@ class CollectiveTimes:
 
     cluster: Cluster
     constants: CollectiveConstants
+    single_ring: bool = False
+    """Of data-parallel groups: see `Practice.single_ring`."""
     _priced: dict[Collective, float] = field(default_factory=dict, repr=False, compare=False)
 
     def seconds(self, c: Collective) -> float:
@@ -35,16 +38,38 @@ class CollectiveTimes:
             return constants.p2p_latency + c.bytes / (constants.p2p_share * self._line_rate(c))
         if c.op == "all_to_all":
             return max(constants.floors.get(c.op, 0.0), self._all_to_all(c))
-        wire = WIRE_FACTOR[c.op] * (c.group_size - 1) / c.group_size * c.bytes
-        rate = self._ring_rate(c)
-        quickest = min(self._latency(c, p) + wire / (p.bandwidth_share * rate) for p in constants.protocols.values())
+        wire = (WIRE_FACTOR[c.op] * (c.group_size - 1) + constants.copy_share) / c.group_size * c.bytes
+        steps, rate = WIRE_FACTOR[c.op] * (c.group_size - 1), self._ring_rate(c)
+        quickest = self._quickest(c, constants.protocols, steps, wire, rate)
+        if c.op == "all_reduce" and constants.in_switch and self.cluster.accelerator.scale_up.sums_in_switch:
+            base, gain = (
+                constants.in_switch.base_latency * self._latency_share(c),
+                constants.in_switch.gain_of(c.group_size),
+            )
+            quickest = min(quickest, base + wire / (gain * rate)) if gain > 1 else quickest
         return max(constants.floors.get(c.op, 0.0), quickest)
+
+    def _quickest(
+        self, c: Collective, protocols: Mapping[str, RingProtocol], steps: float, wire: float, rate: float
+    ) -> float:
+        """Of the protocols: their steps in turn, each at the latency of the link, and the bytes at their share of `rate`."""
+        share = self._latency_share(c)
+        return min(
+            share * (p.base_latency + steps * p.hop_latency) + wire / (p.bandwidth_share * rate) for p in protocols.values()
+        )
+
+    def _latency_share(self, c: Collective) -> float:
+        return self.cluster.accelerator.scale_up.latency_share if self.link(c) == "scale-up" else 1.0
 
     def _all_to_all(self, c: Collective) -> float:
         """Each rank sends the members of its own domain their parts over scale-up links, and all others theirs through its own share
         of the NICs, both at once (fabric.md 1.4)."""
         links, together = self.cluster.accelerator.scale_up, self._members(c)
-        inside = self.constants.scale_up[links.kind].plateau_share * links.bandwidth
+        constants = self.constants.scale_up[links.kind]
+        if together == c.group_size and constants.exchange:
+            wire = (c.group_size - 1 + constants.copy_share) / c.group_size * c.bytes
+            return self._quickest(c, constants.exchange, c.group_size - 1, wire, self._ring_rate(c))
+        inside = constants.plateau_share * links.bandwidth
         seconds = c.bytes * (together - 1) / c.group_size / inside
         if together == c.group_size:
             return seconds
@@ -60,7 +85,7 @@ class CollectiveTimes:
         measured = self.cluster.measured
         if measured and measured.collectives:
             return f"measured: {measured.source}"
-        return "formula: ring latency and line rate, NCCL's own constants (catalogue/collectives.yaml)"
+        return "formula: NCCL's protocols, fitted on nccl-tests inside a node (catalogue/collectives.yaml)"
 
     @property
     def hides(self) -> bool:
@@ -100,13 +125,13 @@ class CollectiveTimes:
             inside = min(inside, constants.p2p_share * links.pair_bandwidth * (self._members(c) - 1))
         if self.link(c) == "scale-up":
             return inside
-        outside = self.constants.network.plateau_share * self._line_rate(c) * self._members(c)
+        outside = (
+            self.constants.network.plateau_share * self._line_rate(c) * (1 if self._is_single(c) else self._members(c))
+        )
         return min(inside, outside) if self._members(c) > 1 else outside
 
-    def _latency(self, c: Collective, protocol: RingProtocol) -> float:
-        """The ring's steps in turn; a step between nodes costs the network's hop."""
-        steps = WIRE_FACTOR[c.op] * (c.group_size - 1)
-        return protocol.base_latency + steps * protocol.hop_latency
+    def _is_single(self, c: Collective) -> bool:
+        return self.single_ring and c.axis in ("dp", "edp")
 
     def _measured(self, c: Collective) -> float | None:
         by_size = self._points.get(("p2p" if c.op == "send" else c.op, self.link(c)))

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from meshwright.cost.adapt import as_practised, is_recomputed, with_gradients_of
 from meshwright.cost.collectives import CollectiveTimes
-from meshwright.cost.flops import model_flops_per_token, recomputed_flops_per_token
+from meshwright.cost.flops import model_flops_per_token, recomputed_flops
 from meshwright.cost.kernels import Kernels
 from meshwright.cost.memory import StageMemory, passing_bytes, stage_memory, state_bytes
-from meshwright.cost.ops import Attention, Collective, Elementwise, Gemm, Op, Piece, Under
+from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
+from meshwright.cost.ops import PART, Attention, Collective, Elementwise, Gemm, Op, Piece, Under
+from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.program import Pieces, Place, Program, boundary, chunk_pieces, rank_program
 from meshwright.cost.timeline import ChunkSeconds, Timeline, play, play_end
 from meshwright.cost.traffic import step_collectives
+from meshwright.cost.units import unit_buffer_bytes
 from meshwright.schedule.orders import layout_order, wound_order
 from meshwright.schedule.stages import alike_stages
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.collectives import load_collective_constants
-from meshwright.spec.kernels import load_kernel_constants
+from meshwright.spec.kernels import KernelConstants, load_kernel_constants
 from meshwright.spec.layout import Layout
 from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt, refuse_unpriced
 from meshwright.spec.model import Model
@@ -60,6 +64,7 @@ class Estimate:
     breakdown: dict[str, float]
     """Seconds of the step by what the busiest stage spends them on."""
     evidence: dict[str, str]
+    offload: OffloadCost | None = None
     timeline: Timeline | None = field(default=None, repr=False)
 
     @property
@@ -89,7 +94,11 @@ class Estimate:
             "bubble": self.bubble,
             "fits": self.fits,
             "memory_limit_bytes": self.memory_limit_bytes,
-            "memory": [{"stage": s.stage, "total_bytes": s.total_bytes, "categories": s.categories} for s in self.memory],
+            "memory": [
+                {"stage": s.stage, "total_bytes": s.total_bytes, "categories": s.categories, "away": s.away}
+                for s in self.memory
+            ],
+            "offload": {name: getattr(self.offload, name) for name in OffloadCost.__slots__} if self.offload else None,
             "collectives": [{name: getattr(c, name) for name in CollectiveCost.__slots__} for c in self.collectives],
             "breakdown": self.breakdown,
             "evidence": self.evidence,
@@ -118,6 +127,24 @@ class Durations:
 
 
 @dataclass(frozen=True, slots=True)
+class Passes:
+    """Seconds of what the state of a stage needs in each forward and backward of a micro-batch."""
+
+    forward: float = 0.0
+    """ZeRO's communication."""
+    backward: float = 0.0
+    casts: float = 0.0
+    """Of parameters, in either."""
+    forward_read: float = 0.0
+    """Reading offloaded parameters."""
+    backward_read: float = 0.0
+
+    def of_one(self, chunks: int) -> Passes:
+        """Shared out evenly."""
+        return Passes(*(getattr(self, name) / chunks for name in self.__slots__))
+
+
+@dataclass(frozen=True, slots=True)
 class _State:
     """What the parameters of a stage cost a rank."""
 
@@ -125,25 +152,33 @@ class _State:
     """Seconds of each bucket's gradient reduction."""
     rest: float
     """Seconds of the step's other collectives and of the optimizer."""
-    sharding: tuple[float, float]
-    """Seconds of ZeRO's communication in each forward and backward."""
+    passes: Passes
     bytes: int
 
 
-_STATE_FIELDS = tuple(f.name for f in fields(Layout) if f.name not in ("micro_batch", "recompute"))
+_STATE_FIELDS = tuple(f.name for f in fields(Layout) if f.name != "micro_batch" and not f.name.startswith("recompute"))
 
 
 class Estimator:
     """Prices layouts of one model, cluster and workload; remembers what layouts share."""
 
-    def __init__(self, model: Model, cluster: Cluster, workload: Workload):
-        self.model, self.cluster, self.workload = model, cluster, workload
-        self.times = CollectiveTimes(cluster, load_collective_constants())
+    def __init__(
+        self,
+        model: Model,
+        cluster: Cluster,
+        workload: Workload,
+        practice: Practice = OWN,
+        constants: KernelConstants | None = None,
+    ):
+        self.model, self.cluster, self.workload, self.practice = model, cluster, workload, practice
+        self.constants = constants or load_kernel_constants()
+        self.times = CollectiveTimes(cluster, load_collective_constants(), practice.single_ring)
         self.flops = model_flops_per_token(model, workload.seq)
-        self.recomputed_flops = recomputed_flops_per_token(model, workload.seq)
         given = cluster.accelerator.overhead_bytes
-        self.overhead = load_kernel_constants().overhead_bytes if given is None else given
+        self.overhead = self.constants.overhead_bytes if given is None else given
         self._seconds: dict[tuple[int, bool], tuple[Piece, Durations]] = {}
+        self._kernels: dict[tuple[str, int], Kernels] = {}
+        self._adapted: dict[tuple[object, ...], tuple[Piece, Piece]] = {}
         self._states: dict[tuple[object, ...], _State] = {}
 
     def estimate(self, layout: Layout) -> Estimate:
@@ -155,7 +190,7 @@ class Estimator:
         programs = self._programs(layout)
         memory = tuple(stage_memory(p, layout, schedule, stage, self.overhead) for stage, p in enumerate(programs))
         send = self.send_seconds(layout)
-        alone = [self._passing(self.durations(p.pieces, layout, shared=False), *self._sharding(p)) for p in programs]
+        alone = [self._passing(self.durations(p.pieces, layout, shared=False), self._passes(p, layout)) for p in programs]
         floor = self._shared_floor(layout, [(programs[stage].pieces, count) for stage, count in kinds])
         timeline = play(schedule, [self._chunk_seconds(p, layout) for p in programs], send, wound)
         end = max(self._step_end(p, layout, d) for p, d in zip(programs, alone, strict=True))
@@ -165,7 +200,17 @@ class Estimator:
         compute = max(d.compute for d in alone) * schedule.micro_batches
         kernels = self.kernels(layout, shared=True)
         optimizer = max(kernels.elementwise(p.optimizer) for p in programs)
-        return self._result(layout, step, timeline, memory, costs, {"compute": compute, "optimizer": optimizer})
+        work, offload = {"compute": compute, "optimizer": optimizer}, self._offload_cost(programs, layout)
+        if offload is not None:
+            work["offload exposed"] = offload.exposed_s
+        recomputed = self._recomputed_share(programs, layout)
+        return self._result(layout, step, timeline, memory, costs, work, offload, recomputed)
+
+    def _recomputed_share(self, programs: Sequence[Program], layout: Layout) -> float:
+        """FLOPs that all ranks run again, over those that the model needs."""
+        each = sum(recomputed_flops(piece.recomputed) * repeat for p in programs for piece, repeat in p.pieces)
+        passes = micro_batches(layout, self.workload) * layout.world // layout.pp
+        return each * passes / (self.workload.tokens * self.flops)
 
     def played(self, layout: Layout) -> Price:
         """Step time and peak as in `estimate`, without its tables: for pricing many layouts."""
@@ -176,13 +221,13 @@ class Estimator:
         end = peak = floor = 0.0
         for members in alike_stages(self.model, layout):
             state = self._state(layout, members[0])
-            chunks = chunk_pieces(self.model, layout, self.workload.seq, Place(members[0]))
+            its = chunk_pieces(self.model, layout, self.workload.seq, Place(members[0]))
+            chunks = tuple(self._practised(chunk, layout) for chunk in its)
             pieces = tuple(piece for chunk in chunks for piece in chunk)
             each = [
-                self._passing(self.durations(c, layout, shared=False), *(s / len(chunks) for s in state.sharding))
-                for c in chunks
+                self._passing(self.durations(c, layout, shared=False), state.passes.of_one(len(chunks))) for c in chunks
             ]
-            whole = self._passing(self.durations(pieces, layout, shared=False), *state.sharding)
+            whole = self._passing(self.durations(pieces, layout, shared=False), state.passes)
             end = max(end, self._exposed_reduction(state.reductions, whole) + state.rest)
             saved = [sum(piece.saved_bytes * repeat for piece, repeat in chunk) for chunk in chunks]
             for stage in members:
@@ -200,22 +245,42 @@ class Estimator:
         """What a stage's parameters cost, whatever the micro-batch: layouts that share it plan their buckets once."""
         key = (*(getattr(layout, name) for name in _STATE_FIELDS), stage)
         if key not in self._states:
-            program = rank_program(self.model, layout, self.workload, Place(stage))
+            program = with_gradients_of(
+                rank_program(self.model, layout, self.workload, Place(stage)), layout, self.practice.gradient_bytes
+            )
             self._states[key] = _State(
                 tuple(self.times.seconds(c) for c in program.gradient_reductions),
                 self._rest(program, layout),
-                self._sharding(program),
-                sum(state_bytes(program, layout).values()),
+                self._passes(program, layout),
+                self._state_bytes(program, layout) + unit_buffer_bytes(program, layout),
             )
         return self._states[key]
+
+    def _state_bytes(self, program: Program, layout: Layout) -> int:
+        held = state_bytes(program, layout, self.practice.gradient_bytes)
+        return held["parameters"] if self.practice.frozen else sum(held.values())
 
     def _programs(self, layout: Layout) -> list[Program]:
         """Each stage's program; stages that hold the same share one."""
         out: dict[int, Program] = {}
         for members in alike_stages(self.model, layout):
             program = rank_program(self.model, layout, self.workload, Place(members[0]))
+            program = with_gradients_of(program, layout, self.practice.gradient_bytes)
+            program = replace(program, chunks=tuple(self._practised(chunk, layout) for chunk in program.chunks))
             out |= dict.fromkeys(members, program)
         return [out[stage] for stage in range(layout.pp)]
+
+    def _practised(self, pieces: Pieces, layout: Layout) -> Pieces:
+        if self.practice == OWN:
+            return pieces
+        tokens = layout.micro_batch * self.workload.seq // layout.cp
+        out = []
+        for piece, repeat in pieces:
+            key = (id(piece), layout.tp, layout.sp, layout.recompute)
+            if key not in self._adapted:
+                self._adapted[key] = piece, as_practised(piece, self.practice, self.model, layout, tokens)
+            out.append((self._adapted[key][1], repeat))
+        return tuple(out)
 
     def check(self, layout: Layout) -> None:
         """Raise UserError when the layout cannot run this model and workload, or is not built yet."""
@@ -231,23 +296,68 @@ class Estimator:
         each = [(self._piece_durations(piece, kernels, shared), repeat) for piece, repeat in pieces]
         return Durations(*(sum(getattr(d, name) * repeat for d, repeat in each) for name in Durations.__slots__))
 
-    def _sharding(self, program: Program) -> tuple[float, float]:
-        """Seconds of the parameter gathers and gradient reductions that ZeRO-2 and 3 do in each forward and backward."""
+    def _passes(self, program: Program, layout: Layout) -> Passes:
+        """Parameter gathers and gradient reductions that ZeRO-2 and 3 do in each pass, casts, and reads of what is offloaded."""
         forward, backward = (sum(self.times.seconds(c) for c in gathers) for gathers in program.gathers)
-        return forward, backward + sum(self.times.seconds(c) for c in program.scatters)
+        casts = self.kernels(layout, shared=False).elementwise(program.casts) if program.casts.bytes else 0.0
+        backward += sum(self.times.seconds(c) for c in program.scatters)
+        if layout.offload != "all":
+            return Passes(forward, backward, casts)
+        moved, links = away(program, layout), self._links(layout)
+        return Passes(forward, backward, casts, links.seconds(moved.forward_read, 0), links.seconds(moved.backward_read, 0))
 
-    def _passing(self, d: Durations, forward: float, backward: float) -> Durations:
-        """`d` with communication of each pass that runs under its computation: what does not fit is exposed."""
-        if not forward and not backward:
-            return d
-        if self.times.hides:
-            forward, backward = max(0.0, forward - d.forward), max(0.0, backward - d.backward)
-        return Durations(d.forward + forward, d.backward + backward, d.compute, d.weight)
+    def _passing(self, d: Durations, passes: Passes) -> Durations:
+        """`d` with communication and reads of each pass that run under its computation, of which what does not fit is exposed, and
+        with the casts that its computation waits for."""
+        forward = self._exposed_pass(passes.forward, passes.forward_read, d.forward) + passes.casts
+        backward = self._exposed_pass(passes.backward, passes.backward_read, d.backward) + passes.casts
+        return Durations(d.forward + forward, d.backward + backward, d.compute + 2 * passes.casts, d.weight)
+
+    def _exposed_pass(self, sent: float, read: float, work: float) -> float:
+        """Links to other ranks and to the host are busy at the same time, except where ranks share the cores that move the bytes."""
+        return self._beside(max(sent, read), work) if self.times.hides else sent + read
+
+    def _links(self, layout: Layout) -> Links:
+        return offload_links(self.cluster, layout, self.kernels(layout, shared=True).memory_bandwidth)
+
+    def _exposed_update(self, program: Program, layout: Layout) -> float:
+        """Offloaded state is read and written beside the update of other buckets, but for the first read and the last write."""
+        if layout.offload == "none":
+            return 0.0
+        moved, links = away(program, layout), self._links(layout)
+        seconds = links.seconds(moved.update_read, moved.update_written)
+        if not self.times.hides:
+            return seconds
+        update = self.kernels(layout, shared=True).elementwise(program.optimizer)
+        ends = links.seconds(moved.first_read, 0) + links.seconds(0, moved.last_written)
+        return max(0.0, seconds - update) + min(seconds, ends)
+
+    def _offload_cost(self, programs: list[Program], layout: Layout) -> OffloadCost | None:
+        if layout.offload == "none":
+            return None
+        m, links = micro_batches(layout, self.workload), self._links(layout)
+        kept = [away(program, layout) for program in programs]
+        stage = max(range(len(kept)), key=lambda at: kept[at].kept)
+        moved, program = kept[stage], programs[stage]
+        passes, d = self._passes(program, layout), self.durations(program.pieces, layout, shared=False)
+        without = replace(passes, forward_read=0.0, backward_read=0.0)
+        with_reads, bare = self._passing(d, passes), self._passing(d, without)
+        exposed = m * (with_reads.forward + with_reads.backward - bare.forward - bare.backward)
+        update = links.seconds(moved.update_read, moved.update_written)
+        return OffloadCost(
+            where=PLACES[layout.offload_to],
+            stage=stage,
+            kept_bytes=moved.kept,
+            read_bytes=moved.read(m),
+            written_bytes=moved.written,
+            time_s=update + m * (passes.forward_read + passes.backward_read),
+            exposed_s=exposed + self._exposed_update(program, layout),
+        )
 
     def _chunk_seconds(self, program: Program, layout: Layout) -> list[ChunkSeconds]:
         """Of each chunk of a stage; what ZeRO sends is shared out evenly."""
-        sharding = [seconds / len(program.chunks) for seconds in self._sharding(program)]
-        each = [self._passing(self.durations(pieces, layout, shared=False), *sharding) for pieces in program.chunks]
+        passes = self._passes(program, layout).of_one(len(program.chunks))
+        each = [self._passing(self.durations(pieces, layout, shared=False), passes) for pieces in program.chunks]
         return [ChunkSeconds(d.forward, d.backward, d.weight) for d in each]
 
     def send_seconds(self, layout: Layout) -> float:
@@ -263,12 +373,16 @@ class Estimator:
 
     def kernels(self, layout: Layout, *, shared: bool) -> Kernels:
         active = min(layout.world, self.cluster.node.accelerators) if shared else 1
-        return Kernels(self.cluster, layout.precision, active)
+        key = (layout.precision, active)
+        if key not in self._kernels:
+            self._kernels[key] = Kernels(self.cluster, layout.precision, active, self.practice, self.constants)
+        return self._kernels[key]
 
     def _piece_durations(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
         key = (id(piece), shared)
         if key not in self._seconds:
-            forward, backward = self._run(piece.forward, kernels), self._run(piece.backward, kernels)
+            host = [self._host_seconds(piece, ops, kernels) for ops in (piece.forward, piece.backward)]
+            forward, backward = self._run(piece.forward, kernels, host[0]), self._run(piece.backward, kernels, host[1])
             # The piece is kept beside its price, so that its id is not used again.
             self._seconds[key] = (
                 piece,
@@ -281,8 +395,15 @@ class Estimator:
             )
         return self._seconds[key][1]
 
-    def _run(self, ops: tuple[Op, ...], kernels: Kernels) -> tuple[float, float]:
-        """(seconds of computation, seconds of exposed communication) of `ops` in order."""
+    def _host_seconds(self, piece: Piece, ops: tuple[Op, ...], kernels: Kernels) -> float:
+        # Bounds add up parts of a layer: what one part waits for the host, another may compute.
+        return 0.0 if piece.name == PART else kernels.host_seconds(ops, is_recomputed(piece))
+
+    def _run(self, ops: tuple[Op, ...], kernels: Kernels, host: float) -> tuple[float, float]:
+        """(seconds of computation, seconds of exposed communication) of `ops` in order. `host`: seconds of starting them.
+
+        The host launches kernels while earlier ones run: where all of them take less than the launches, those are what lasts.
+        """
         compute = exposed = 0.0
         for op in ops:
             if isinstance(op, Gemm):
@@ -292,12 +413,19 @@ class Estimator:
             elif isinstance(op, Elementwise):
                 compute += kernels.elementwise(op)
             elif isinstance(op, Collective):
-                exposed += self.times.seconds(op)
+                exposed += self._exposed_in_line(op)
             else:
                 work = self._work(op, kernels)
                 compute += work
                 exposed += self._exposed(op, work)
-        return compute, exposed
+        return max(compute, host - exposed), exposed
+
+    def _exposed_in_line(self, op: Collective) -> float:
+        """Seconds of a collective between two products, of which all but a part can run in pieces beside them."""
+        seconds = self.times.seconds(op)
+        if not self.practice.overlaps_tensor or op.axis != "tp":
+            return seconds
+        return seconds / op.group_size + self.constants.beside * seconds * (1 - 1 / op.group_size)
 
     def _weight_seconds(self, ops: tuple[Op, ...], kernels: Kernels) -> float:
         products = [g for op in ops for g in (op.work if isinstance(op, Under) else (op,)) if isinstance(g, Gemm)]
@@ -308,7 +436,13 @@ class Estimator:
 
     def _exposed(self, op: Under, work: float) -> float:
         seconds = self.times.seconds(op.collective) * op.calls
-        return max(0.0, seconds - work) if self.times.hides else seconds
+        hides = self.times.hides and (self.practice.overlaps_dx or op.collective.op != "all_reduce")
+        return self._beside(seconds, work) if hides else seconds
+
+    def _beside(self, seconds: float, work: float) -> float:
+        """What communication of `seconds` adds to computation of `work` seconds that it runs beside: the part that does not fit,
+        and what the rest takes from the computation (processors and memory bandwidth)."""
+        return max(0.0, seconds - work) + self.constants.beside * min(seconds, work)
 
     def _step_end(self, program: Program, layout: Layout, d: Durations) -> float:
         """After the last backward: what is left of the gradient reduction, the step's other collectives, the optimizer."""
@@ -316,15 +450,22 @@ class Estimator:
         return self._exposed_reduction(reductions, d) + self._rest(program, layout)
 
     def _rest(self, program: Program, layout: Layout) -> float:
-        """The step's other collectives, and the optimizer."""
-        sent = sum(self.times.seconds(c) for c in program.step_end)
+        """The step's other collectives, the optimizer, and what it waits for of offloaded state."""
+        if self.practice.frozen:
+            return 0.0
+        hidden = ("all_gather",) if self.practice.overlaps_gathers and self.times.hides else ()
+        sent = sum(self.times.seconds(c) for c in program.step_end if c.op not in hidden) + self._exposed_update(
+            program, layout
+        )
         return sent + self.kernels(layout, shared=True).elementwise(program.optimizer)
 
     def _exposed_reduction(self, reductions: Sequence[float], d: Durations) -> float:
         """All but the last bucket can run under the last micro-batch's backward."""
-        if not reductions or not self.times.hides:
+        if self.practice.frozen:
+            return 0.0
+        if not reductions or not self.times.hides or not self.practice.overlaps_gradients:
             return sum(reductions)
-        return max(reductions[-1], sum(reductions) - d.backward)
+        return max(reductions[-1], self._beside(sum(reductions), d.backward))
 
     def _collective_costs(
         self, programs: list[Program], layout: Layout, alone: list[Durations], exposed_sends: float
@@ -377,6 +518,8 @@ class Estimator:
         memory: tuple[StageMemory, ...],
         costs: tuple[CollectiveCost, ...],
         work: dict[str, float],
+        offload: OffloadCost | None,
+        recomputed: float,
     ) -> Estimate:
         kernels = self.kernels(layout, shared=False)
         limit = self.cluster.accelerator.memory_bytes
@@ -392,7 +535,7 @@ class Estimator:
             workload=self.workload,
             step_time_s=step,
             mfu=mfu,
-            hfu=mfu * (1 + self.recomputed_flops / self.flops if layout.recompute == "full" else 1),
+            hfu=mfu * (1 + recomputed),
             bubble=timeline.bubble,
             fits=max(stage.total_bytes for stage in memory) <= limit,
             memory=memory,
@@ -403,7 +546,9 @@ class Estimator:
                 "compute": kernels.evidence,
                 "communication": self.times.evidence,
                 "memory": "formula: the engine's own buffers",
+                **({"offload": self._links(layout).evidence} if offload else {}),
             },
+            offload=offload,
             timeline=timeline,
         )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from meshwright.cost.ops import Attention, Gemm, Op, Under
 from meshwright.spec.model import Model
-from meshwright.spec.parameters import count_parameters, layer_parameters
+from meshwright.spec.parameters import count_parameters
 
 
 def model_flops_per_token(model: Model, seq: int) -> float:
@@ -22,11 +25,15 @@ def model_flops_per_token(model: Model, seq: int) -> float:
     return 6.0 * multiplying + 12.0 * width * sum(spans)
 
 
-def recomputed_flops_per_token(model: Model, seq: int) -> float:
-    """What full recompute adds, by the same convention: the layers' forward, but for the last product of each.
-
-    Backward needs that product's input, not its output, and the head is not recomputed (`cost/program.py`).
-    """
-    layers = [p for i in range(model.layers) for p in layer_parameters(model, i) if ".mlp.down." not in p.name]
-    spans = [min(model.window(i) or seq, seq) for i in range(model.layers)]
-    return 2.0 * sum(p.numel for p in layers) + 4.0 * model.heads * model.head_dim * sum(spans)
+def recomputed_flops(ops: Iterable[Op]) -> float:
+    """Of forward operators that run again, by the same convention: attention counts over the full square."""
+    total = 0.0
+    for op in ops:
+        for work in op.work if isinstance(op, Under) else (op,):
+            if isinstance(work, Gemm):
+                total += work.flops
+            elif isinstance(work, Attention):
+                span = min(work.window or work.length, work.length)
+                pairs = work.batch * work.heads * work.length * span / work.share
+                total += 2.0 * pairs * (work.head_dim + work.value_dim)
+    return total

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
-from meshwright.cost.ops import Attention, Elementwise, Gemm
+from meshwright.cost.ops import Attention, Elementwise, Gemm, Op, Under
+from meshwright.cost.practice import OWN, Practice
+from meshwright.cost.tiles import product_seconds
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
-from meshwright.spec.kernels import load_kernel_constants
+from meshwright.spec.kernels import KernelConstants, load_kernel_constants
 from meshwright.spec.layout import Precision
 from meshwright.spec.precision import STATE_BYTES
 
@@ -23,26 +25,108 @@ class Kernels:
     cluster: Cluster
     precision: Precision
     active: int
+    practice: Practice = OWN
+    constants: KernelConstants = field(default_factory=load_kernel_constants)
 
     def gemm(self, op: Gemm) -> float:
+        """A product's roofline, with the tiles that it is cut into where the accelerator's processors are known."""
+        products = self._products(op)
         size = STATE_BYTES[self.precision].parameter
-        moved = size * (op.m * op.k + op.k * op.n + op.m * op.n)
-        return max(op.flops / self._matmul_rate(op.flops), moved / self.memory_bandwidth)
+        moved = size * (op.m * op.k + op.groups * op.k * op.n + op.m * op.n) / self.memory_bandwidth
+        if self._measured_matmul:
+            return max(op.flops / self._matmul_rate(op.flops), moved)
+        rate = self._matmul_rate(op.flops, products)
+        processors = self.cluster.accelerator.processors
+        seconds = (
+            product_seconds(op, rate, processors, self.memory_bandwidth, self.constants) if processors else op.flops / rate
+        )
+        return max(seconds, moved) + self._cast(op, products) + self._gap
+
+    def _products(self, op: Gemm) -> str:
+        """The precision of a product: the head's stays that of the layout."""
+        return self.practice.products or self.precision if not op.name.startswith("head") else self.precision
+
+    def _cast(self, op: Gemm, products: str) -> float:
+        """A narrower product has its activations cast first, in both orders; the weight gradient finds them cast."""
+        if products == self.precision or op.is_weight_gradient:
+            return 0.0
+        size = STATE_BYTES[self.precision].parameter
+        return (size + 2) * op.m * op.k / self.memory_bandwidth
 
     def attention(self, op: Attention) -> float:
         measured = self._measured_attention[op.backward]
         if measured:
             forward = op.flops * (2 / 5 if op.backward else 1)
             return op.flops / self._shared(measured, forward)
-        return op.flops / (load_kernel_constants().attention_share * self._matmul_rate(op.flops))
+        if self.practice.attention in ("fused-softmax", "unfused"):
+            return self._written_scores(op)
+        constants = self.constants
+        shares = constants.attention[self.practice.attention]
+        share: float = (shares.backward if op.backward else shares.forward) * (
+            shares.newer if "fp8" in self._peaks else 1.0
+        )
+        # A causal kernel computes whole blocks on the diagonal, and short sequences do not fill it.
+        length = op.length / math.sqrt(op.share)
+        share *= length / (length + constants.attention_fill)
+        return op.flops / (share * self._matmul_rate(op.flops)) + self._gap
+
+    def _written_scores(self, op: Attention) -> float:
+        """Products over the whole square, and the passes over the scores between them."""
+        size = STATE_BYTES[self.precision].parameter
+        constants = self.constants
+        rows, columns = op.length // op.share, op.length
+        maps = op.batch * op.heads
+        wide = Gemm("scores", maps * rows, columns, op.head_dim, maps)
+        narrow = Gemm("values", maps * rows, op.value_dim, columns, maps)
+        products = 2 * (self.gemm(wide) + self.gemm(narrow)) if op.backward else self.gemm(wide) + self.gemm(narrow)
+        passes: float = constants.score_passes[self.practice.attention]
+        bytes_ = maps * rows * columns * size * passes * (1.5 if op.backward else 1.0)
+        return products + bytes_ / self.memory_bandwidth + self._gap * passes / 2
+
+    def host_seconds(self, ops: Sequence[Op], recomputed: bool) -> float:
+        """What the host takes to start all of `ops`, and to save and restore the random state of a layer that is `recomputed`."""
+        if not self._hosted or self.practice.compiled:
+            return 0.0
+        checkpoint = self.constants.checkpoint if recomputed and self.practice.whole_recompute else 0.0
+        return checkpoint + self.constants.dispatch * sum(self._launches(op) for op in ops)
+
+    @property
+    def _gap(self) -> float:
+        return self.constants.gap if self._hosted else 0.0
+
+    @property
+    def _hosted(self) -> bool:
+        """Whether the accelerator is apart from a host that starts its kernels: their gaps are in measured rates already, and a CPU
+        has none."""
+        return not self._measured_matmul and self.cluster.node.compute_slots is None
+
+    def _launches(self, op: Op) -> float:
+        """Kernels that the host starts for `op`."""
+        if isinstance(op, Under):
+            return 1 + sum(self._launches(work) for work in op.work)
+        if isinstance(op, Elementwise) and op.name == "norm" and not self.practice.fused_norms:
+            return self.constants.norm_passes
+        if isinstance(op, Attention) and self.practice.attention in ("fused-softmax", "unfused"):
+            return (2 if op.backward else 1) * (2 + self.constants.score_passes[self.practice.attention] / 2)
+        return 1
 
     def elementwise(self, op: Elementwise) -> float:
-        return op.bytes / self.memory_bandwidth
+        if not self._hosted:
+            return op.bytes / self.memory_bandwidth
+        constants = self.constants
+        passes = 1.0 if self.practice.compiled or op.name == "optimizer" else constants.passes
+        if op.name == "norm" and not self.practice.fused_norms:
+            passes = constants.norm_passes
+        return op.bytes * passes / self.memory_bandwidth + self._gap
+
+    @property
+    def _peaks(self) -> dict[str, float]:
+        return self.cluster.accelerator.peak_flops
 
     @property
     def peak_flops(self) -> float:
         """Dense peak of one accelerator in this precision. Raises UserError when the catalogue has none."""
-        peaks = self.cluster.accelerator.peak_flops
+        peaks = self._peaks
         if self.precision not in peaks:
             raise UserError(f"{self.cluster.accelerator.name} has no {self.precision} rate; it has {', '.join(peaks)}")
         return peaks[self.precision]
@@ -54,7 +138,7 @@ class Kernels:
             alone = self.cluster.accelerator.memory_bandwidth
             return min(alone, measured.memory_bandwidth * self.cluster.node.accelerators / self.active)
         accelerator = self.cluster.accelerator
-        share = accelerator.memory_share or load_kernel_constants().memory_share
+        share = accelerator.memory_share or self.constants.memory_share
         return accelerator.memory_bandwidth * share / (self._share if self.active > 1 else 1.0)
 
     @cached_property
@@ -63,8 +147,8 @@ class Kernels:
             return f"measured: {self.cluster.measured.source}"  # type: ignore[union-attr]
         share = self.cluster.accelerator.matmul_share.get(self.precision)
         if share:
-            return f"published: largest matmul {share:.0%} of peak ({self.cluster.accelerator.source})"
-        return f"formula: matmul at {load_kernel_constants().matmul_share:.0%} of peak, the usual share"
+            return f"published: largest matmul {share:.0%} of peak, kernels fitted on published runs ({self.cluster.accelerator.source})"
+        return f"formula: matmul at {self.constants.matmul_share:.0%} of peak, the usual share"
 
     @property
     def _share(self) -> float:
@@ -72,11 +156,15 @@ class Kernels:
         node = self.cluster.node
         return max(1.0, node.accelerators / node.compute_slots) if node.compute_slots else 1.0
 
-    def _matmul_rate(self, flops: float) -> float:
+    def _matmul_rate(self, flops: float, precision: str | None = None) -> float:
         if self._measured_matmul:
             return self._shared(self._measured_matmul, flops)
-        share = self.cluster.accelerator.matmul_share.get(self.precision, load_kernel_constants().matmul_share)
-        return self.peak_flops * share / (self._share if self.active > 1 else 1.0)
+        constants, accelerator = self.constants, self.cluster.accelerator
+        if precision is None or precision not in accelerator.peak_flops:
+            precision = self.precision
+        share = accelerator.matmul_share.get(precision, constants.matmul_share) * constants.sustained_share
+        peak = accelerator.peak_flops[precision] if precision != self.precision else self.peak_flops
+        return peak * share / (self._share if self.active > 1 else 1.0)
 
     def _shared(self, by_active: dict[int, list[tuple[float, float]]], flops: float) -> float:
         """The rate with `active` ranks at work, from those measured: a rank is never quicker than alone, and together they are

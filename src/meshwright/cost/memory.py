@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from meshwright.cost.offload import PLACES, away, keeps_parameters_away
 from meshwright.cost.ops import Piece
 from meshwright.cost.program import Program
+from meshwright.cost.units import unit_buffer_bytes
 from meshwright.schedule.actions import Schedule
 from meshwright.spec.layout import Layout
-from meshwright.spec.precision import STATE_BYTES
+from meshwright.spec.precision import StateBytes
 
 STEP_COUNTER_BYTES = 4
 """AdamW keeps its step number in an fp32 tensor beside each tensor that it updates: one a bucket."""
@@ -20,23 +22,35 @@ class StageMemory:
 
     stage: int
     categories: dict[str, int]
+    away: dict[str, int] = field(default_factory=dict)
+    """Bytes kept for the rank on the "host" or in a "file"; not a part of the total."""
 
     @property
     def total_bytes(self) -> int:
         return sum(self.categories.values())
 
 
-def state_bytes(program: Program, layout: Layout) -> dict[str, int]:
-    """Parameters, gradients and optimizer state, to the byte."""
-    bytes_ = STATE_BYTES[layout.precision]
-    owned = sum(bucket.owned for bucket in program.buckets)
-    parameters = sum(b.owned if b.unit else b.numel for b in program.buckets)
-    gradients = sum(b.owned if layout.zero >= 2 else b.numel for b in program.buckets)
-    return {
-        "parameters": parameters * bytes_.parameter,
-        "gradients": gradients * bytes_.gradient,
-        "optimizer": owned * bytes_.optimizer + STEP_COUNTER_BYTES * len(program.buckets),
-    }
+def state_bytes(program: Program, layout: Layout, gradient_bytes: int | None = None) -> dict[str, int]:
+    """Parameters, gradients and optimizer state on the device, and the buffers of what is offloaded, to the byte.
+
+    `gradient_bytes`: of an element, if not the engine's own.
+    """
+    parameters = gradients = optimizer = 0
+    for b in program.buckets:
+        bytes_ = StateBytes.of(layout, cast=b.is_cast)
+        if not keeps_parameters_away(b, layout):
+            parameters += (b.owned if b.unit else b.numel) * bytes_.parameter
+        gradients += (b.owned if layout.zero >= 2 else b.numel) * (gradient_bytes or bytes_.gradient)
+        optimizer += (b.owned * bytes_.optimizer if layout.offload == "none" else 0) + STEP_COUNTER_BYTES
+    held = {"parameters": parameters, "gradients": gradients, "optimizer": optimizer}
+    return held if layout.offload == "none" else held | {"offload": away(program, layout).working}
+
+
+def away_bytes(program: Program, layout: Layout) -> dict[str, int]:
+    """What is kept elsewhere for a rank: bytes on the "host" or in a "file", to the byte; nothing without offload."""
+    if layout.offload == "none":
+        return {}
+    return {PLACES[layout.offload_to]: away(program, layout).kept}
 
 
 def stage_memory(program: Program, layout: Layout, schedule: Schedule, stage: int, overhead: int) -> StageMemory:
@@ -47,7 +61,9 @@ def stage_memory(program: Program, layout: Layout, schedule: Schedule, stage: in
     sent = sum(c.bytes for c in program.boundary)
     saved = [sum(piece.saved_bytes * repeat for piece, repeat in chunk) for chunk in program.chunks]
     passing = passing_bytes(program.pieces, schedule.peak(stage, saved), sent)
-    return StageMemory(stage, state_bytes(program, layout) | passing | {"overhead": overhead})
+    units = {"units": nbytes} if (nbytes := unit_buffer_bytes(program, layout)) else {}
+    categories = state_bytes(program, layout) | units | passing | {"overhead": overhead}
+    return StageMemory(stage, categories, away_bytes(program, layout))
 
 
 def passing_bytes(pieces: tuple[tuple[Piece, int], ...], activations: int, sent: int) -> dict[str, int]:

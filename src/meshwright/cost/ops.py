@@ -85,6 +85,10 @@ class Under:
 Op = Gemm | Attention | Elementwise | Collective | Under
 
 
+PART = "part"
+"""Name of a piece whose price is added to that of other pieces of the same layer (`planner/tables.py`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A part of the model (embedding, one layer, head) run for one micro-batch."""
@@ -96,3 +100,5 @@ class Piece:
     """Kept from forward for backward."""
     working_bytes: int = 0
     """The largest temporary of the piece."""
+    recomputed: tuple[Op, ...] = ()
+    """What of the backward is forward run again."""

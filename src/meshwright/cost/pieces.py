@@ -25,6 +25,8 @@ class Part:
     forward: tuple[Op, ...]
     backward: tuple[Op, ...]
     saved: int
+    recomputed: tuple[Op, ...] = ()
+    """What of the backward is forward run again."""
 
 
 @dataclass(slots=True)
@@ -146,12 +148,22 @@ def layer_piece(model: Model, layout: Layout, seq: int, window: int | None, moe:
     s = Shapes(model, layout, seq)
     attention = heads(s, window) if model.latent is None else latent(s, model.latent, window)
     mlp = experts(s, model.experts) if moe and model.experts else gated_mlp(s, "mlp", model.ffn // layout.tp)
+    working = 0
+    if layout.recompute == "selective" and "mlp" in layout.recompute_parts:
+        working, mlp = mlp.saved, _recomputed(mlp)
     forward = (s.norm, *attention.forward, s.residual, s.norm, *mlp.forward, s.residual)
     backward = (*mlp.backward, s.norm_backward, *attention.backward, s.norm_backward)
     saved = 4 * s.residual_bytes + attention.saved + mlp.saved
     if layout.recompute == "full":
-        return Piece("layer", forward, (*_up_to_last_saved(forward), *backward), s.residual_bytes, working_bytes=saved)
-    return Piece("layer", forward, backward, saved)
+        again = _up_to_last_saved(forward)
+        return Piece("layer", forward, (*again, *backward), s.residual_bytes, working_bytes=saved, recomputed=again)
+    return Piece("layer", forward, backward, saved, working, (*attention.recomputed, *mlp.recomputed))
+
+
+def _recomputed(part: Part) -> Part:
+    """`part` run again in backward. It keeps nothing: its input, the norm's output, is kept by the norm."""
+    again = _up_to_last_saved(part.forward)
+    return Part(part.forward, (*again, *part.backward), 0, again)
 
 
 def heads(s: Shapes, window: int | None) -> Part:
@@ -167,6 +179,7 @@ def heads(s: Shapes, window: int | None) -> Part:
         (*qkv.forward, rotary, *core.forward, *out.forward),
         (*out.backward, *core.backward, rotary, *qkv.backward),
         qkv.saved + saved + core.saved + out.saved,
+        core.recomputed,
     )
 
 
@@ -194,6 +207,7 @@ def latent(s: Shapes, latent: LatentAttention, window: int | None) -> Part:
         (*q.forward, *kv_down.forward, *kv_up.forward, rotary, *core.forward, *out.forward),
         (*out.backward, *core.backward, rotary, *kv_up.backward, *kv_down.backward, *q.backward),
         saved + qkv_saved + core.saved + out.saved,
+        core.recomputed,
     )
 
 
@@ -218,8 +232,9 @@ def attention_core(s: Shapes, kv_heads: int, head_dim: int, value_dim: int, wind
         outward = _all_to_all(s, s.heads * value_dim)
         forward, backward = (inward, *forward, outward), (outward, *backward, inward)
     log_sum_exp = s.T * s.heads * 4
-    again = tuple(op for op in forward if isinstance(op, Attention)) if layout.recompute == "selective" else ()
-    return Part(forward, (*again, *backward), 0 if again else log_sum_exp)
+    repeats = layout.recompute == "selective" and "core" in layout.recompute_parts
+    again = tuple(op for op in forward if isinstance(op, Attention)) if repeats else ()
+    return Part(forward, (*again, *backward), 0 if again else log_sum_exp, again)
 
 
 def _ring(
@@ -326,7 +341,7 @@ def head_piece(model: Model, layout: Layout, seq: int, tp_rank: int) -> Piece:
 
 
 def _up_to_last_saved(forward: tuple[Op, ...]) -> tuple[Op, ...]:
-    """Full recompute runs the layer again up to the last tensor that backward needs: the input of the last product, or the
+    """Recompute runs a layer, or its MLP, again up to the last tensor that backward needs: the input of the last product, or the
     experts' outputs, which their weights multiply.
 
     The sum after it is not repeated (PyTorch's checkpoint stops early), nor is that product; but where product and sum are one

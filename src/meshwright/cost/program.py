@@ -6,7 +6,7 @@ Memory, time and traffic are folds over these lists; `trace` and the engine's le
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meshwright.cost.ops import Collective, CollectiveOp, Elementwise, Piece
 from meshwright.cost.pieces import Shapes, embedding_piece, head_piece, layer_piece
@@ -14,12 +14,16 @@ from meshwright.schedule.buckets import Bucket, plan_buckets
 from meshwright.schedule.stages import Chunk, rank_shards, stage_chunks
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
-from meshwright.spec.precision import STATE_BYTES
+from meshwright.spec.precision import StateBytes
 from meshwright.spec.shards import Seat
 from meshwright.spec.workload import Workload
 
 Pieces = tuple[tuple[Piece, int], ...]
 """(piece, how often it occurs), in model order."""
+
+
+Brought = tuple[tuple[Bucket, ...], tuple[Bucket, ...]]
+"""Buckets in forward, and in backward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,8 @@ class Program:
     chunks: tuple[Pieces, ...]
     boundary: tuple[Collective, ...]
     """Sent for every micro-batch."""
+    brought: Brought
+    """ZeRO-3: whose parameters are there only while they are used, for the forward and for the backward of every micro-batch."""
     gathers: tuple[tuple[Collective, ...], tuple[Collective, ...]]
     """ZeRO-3: parameters gathered for the forward, and for the backward, of every micro-batch."""
     scatters: tuple[Collective, ...]
@@ -39,6 +45,10 @@ class Program:
     step_end: tuple[Collective, ...]
     """After backward, in order: nothing hides them."""
     optimizer: Elementwise
+    units: tuple[tuple[str, ...], ...]
+    """Of each chunk, in the order of the model: the parts whose parameters are used together."""
+    casts: Elementwise
+    """In each forward, and again in each backward, of every micro-batch."""
 
     @property
     def pieces(self) -> Pieces:
@@ -63,15 +73,20 @@ class Place:
 def rank_program(model: Model, layout: Layout, workload: Workload, place: Place) -> Program:
     """The program of the rank at `place`. The layout must have passed `spec.legality.check_layout`."""
     buckets = plan_buckets(rank_shards(model, layout, place.stage, place.seat), layout)
+    chunks = stage_chunks(model.layers, layout)[place.stage]
+    brought = _brought(layout, buckets, model.tied, chunks)
     return Program(
         chunks=chunk_pieces(model, layout, workload.seq, place),
         boundary=boundary(model, layout, workload.seq, place.stage),
-        gathers=_parameter_gathers(layout, buckets, model.tied, stage_chunks(model.layers, layout)[place.stage]),
+        brought=brought,
+        gathers=(_gathers(layout, brought[0]), _gathers(layout, brought[1])),
         scatters=tuple(_data(layout, b, "reduce_scatter", b.numel) for b in buckets if layout.zero >= 2 and b.cuts > 1),
         buckets=buckets,
         gradient_reductions=tuple(_gradient_reductions(layout, buckets)),
         step_end=tuple(_step_end(model, layout, buckets)),
         optimizer=_optimizer(layout, buckets),
+        units=tuple(tuple(_units(chunk, model.tied)) for chunk in chunks),
+        casts=_casts(layout, buckets),
     )
 
 
@@ -87,8 +102,16 @@ def chunk_pieces(model: Model, layout: Layout, seq: int, place: Place) -> tuple[
 
 
 def _pieces(model: Model, local: Layout, seq: int, place: Place, chunk: Chunk) -> Pieces:
-    kinds = [(model.window(i), model.is_moe(i)) for i in chunk.layers]
-    pieces = [(layer_piece(model, local, seq, *kind), kinds.count(kind)) for kind in dict.fromkeys(kinds)]
+    again = kept = local
+    first = len(chunk.layers)
+    if local.recompute_layers is not None:
+        first = local.recompute_layers
+        again = replace(local, recompute_layers=None)
+        kept = replace(again, recompute="none", recompute_parts=("core",))
+    kinds = [(at < first, model.window(i), model.is_moe(i)) for at, i in enumerate(chunk.layers)]
+    pieces = [
+        (layer_piece(model, again if kind[0] else kept, seq, *kind[1:]), kinds.count(kind)) for kind in dict.fromkeys(kinds)
+    ]
     if chunk.first:
         pieces.insert(0, (embedding_piece(model, local, seq), 1))
     if chunk.last:
@@ -106,6 +129,8 @@ def _local(layout: Layout) -> Layout:
         async_tp=layout.async_tp,
         micro_batch=layout.micro_batch,
         recompute=layout.recompute,
+        recompute_parts=layout.recompute_parts,
+        recompute_layers=layout.recompute_layers,
         precision=layout.precision,
         order=layout.order,
     )
@@ -122,9 +147,11 @@ def boundary(model: Model, layout: Layout, seq: int, stage: int) -> tuple[Collec
 
 
 def _data(layout: Layout, bucket: Bucket, op: CollectiveOp, elements: int) -> Collective:
-    """Among the ranks that share a bucket's state: gradients, or parameters for an all-gather."""
-    bytes_ = STATE_BYTES[layout.precision]
-    size = bytes_.parameter if op == "all_gather" else bytes_.gradient
+    """Among the ranks that share a bucket's state: gradients, or parameters for an all-gather: as they are computed with where
+    they are gathered for use, as they are kept where they are gathered to be kept."""
+    bytes_ = StateBytes.of(layout, cast=bucket.is_cast)
+    gathered = bytes_.parameter if bucket.unit is None else bytes_.compute
+    size = gathered if op == "all_gather" else bytes_.gradient
     axis, stride = ("edp", layout.ep * layout.etp) if bucket.routed else ("dp", _data_stride(layout))
     return Collective(axis, op, bucket.cuts, stride, elements * size)
 
@@ -135,7 +162,7 @@ def _replicate(layout: Layout, bucket: Bucket) -> Collective | None:
     if ranks == bucket.cuts:
         return None
     axis, stride = ("edp", layout.ep * layout.etp) if bucket.routed else ("dp", _data_stride(layout))
-    nbytes = bucket.owned * STATE_BYTES[layout.precision].gradient
+    nbytes = bucket.owned * StateBytes.of(layout).gradient
     return Collective(axis, "all_reduce", ranks // bucket.cuts, stride * bucket.cuts, nbytes)
 
 
@@ -146,23 +173,32 @@ def _data_stride(layout: Layout) -> int:
     return layout.stride("cp") if layout.dp == 1 else min(layout.stride("dp"), layout.stride("cp"))
 
 
-def _parameter_gathers(
-    layout: Layout, buckets: tuple[Bucket, ...], tied: bool, chunks: tuple[Chunk, ...]
-) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
-    """See `parallel/units.py`: the embedding is gathered for forward only; without a pipeline the head stays for backward."""
-    forward: list[Collective] = []
-    backward: list[Collective] = []
+def _brought(layout: Layout, buckets: tuple[Bucket, ...], tied: bool, chunks: tuple[Chunk, ...]) -> Brought:
+    """See `parallel/units.py`: the embedding is brought for forward only; without a pipeline the head stays for backward."""
+    forward: list[Bucket] = []
+    backward: list[Bucket] = []
     held = {"embedding": any(c.first for c in chunks), "head": any(c.last for c in chunks)}
     for bucket in buckets:
-        if bucket.unit is None or bucket.cuts == 1:
+        if bucket.unit is None:
             continue
-        gather = _data(layout, bucket, "all_gather", bucket.numel)
         is_head = bucket.unit == "head" or (bucket.unit == "embedding" and tied and held["head"])
         is_embedding = bucket.unit == "embedding" and held["embedding"]
         is_layer = bucket.unit.startswith("layers.")
-        forward += [gather] * (is_layer + is_head + is_embedding)
-        backward += [gather] * (is_layer + (is_head and layout.pp > 1))
+        forward += [bucket] * (is_layer + is_head + is_embedding)
+        backward += [bucket] * (is_layer + (is_head and layout.pp > 1))
     return tuple(forward), tuple(backward)
+
+
+def _units(chunk: Chunk, tied: bool) -> Iterator[str]:
+    if chunk.first:
+        yield "embedding"
+    yield from (f"layers.{layer}" for layer in chunk.layers)
+    if chunk.last:
+        yield "embedding" if tied else "head"
+
+
+def _gathers(layout: Layout, buckets: tuple[Bucket, ...]) -> tuple[Collective, ...]:
+    return tuple(_data(layout, bucket, "all_gather", bucket.numel) for bucket in buckets if bucket.cuts > 1)
 
 
 def _gradient_reductions(layout: Layout, buckets: tuple[Bucket, ...]) -> Iterator[Collective]:
@@ -175,7 +211,7 @@ def _gradient_reductions(layout: Layout, buckets: tuple[Bucket, ...]) -> Iterato
 
 def _step_end(model: Model, layout: Layout, buckets: tuple[Bucket, ...]) -> Iterator[Collective]:
     """Token count, sums over replicas, loss and gradient norm, and ZeRO's parameter gather."""
-    bytes_ = STATE_BYTES[layout.precision]
+    bytes_ = StateBytes.of(layout)
     if layout.dp > 1:
         yield Collective("dp", "all_reduce", layout.dp, layout.stride("dp"), 8)
     groups = {
@@ -198,10 +234,21 @@ def _step_end(model: Model, layout: Layout, buckets: tuple[Bucket, ...]) -> Iter
             yield _data(layout, bucket, "all_gather", bucket.numel)
 
 
+def _casts(layout: Layout, buckets: tuple[Bucket, ...]) -> Elementwise:
+    """Parameters that are kept in another dtype are read and written in each forward, and again in each backward."""
+    cast = 0
+    for bucket in buckets:
+        if bucket.is_cast:
+            bytes_ = StateBytes.of(layout, cast=True)
+            cast += (bucket.owned if bucket.unit else bucket.numel) * (bytes_.parameter + bytes_.compute)
+    return Elementwise("casts", cast)
+
+
 def _optimizer(layout: Layout, buckets: tuple[Bucket, ...]) -> Elementwise:
     """AdamW over the owned elements reads and writes all it holds; the gradients are also put in place, normed and clipped."""
-    bytes_ = STATE_BYTES[layout.precision]
-    whole = sum(bucket.numel for bucket in buckets)
-    owned = sum(bucket.owned for bucket in buckets)
-    update = owned * (2 * (bytes_.optimizer + bytes_.parameter) + bytes_.gradient)
-    return Elementwise("optimizer", update + whole * bytes_.gradient + owned * 3 * bytes_.gradient)
+    total = 0
+    for bucket in buckets:
+        bytes_ = StateBytes.of(layout, cast=bucket.is_cast)
+        update = bucket.owned * (2 * (bytes_.optimizer + bytes_.parameter) + bytes_.gradient)
+        total += update + bucket.numel * bytes_.gradient + bucket.owned * 3 * bytes_.gradient
+    return Elementwise("optimizer", total)

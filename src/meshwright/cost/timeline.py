@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from meshwright.schedule.actions import Action, Kind, Schedule
-from meshwright.schedule.clock import Waits, run_clock, source_of
+from meshwright.schedule.clock import Turn, Waits, run_clock, source_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    spans: tuple[Span, ...]
+    turns: tuple[Turn, ...]
     stages: int
 
-    @property
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        return tuple(Span(t.stage, t.action.kind, t.action.micro_batch, t.action.chunk, t.start, t.end) for t in self.turns)
+
+    @cached_property
     def end(self) -> float:
-        return max(span.end for span in self.spans)
+        return max(turn.end for turn in self.turns)
 
     def busy(self, stage: int) -> float:
         """Seconds in which the stage computes."""
@@ -57,8 +61,8 @@ class Timeline:
     @cached_property
     def _busy(self) -> list[float]:
         out = [0.0] * self.stages
-        for span in self.spans:
-            out[span.stage] += span.end - span.start
+        for stage, _, start, end in self.turns:
+            out[stage] += end - start
         return out
 
     def idle(self, stage: int) -> float:
@@ -86,28 +90,29 @@ def play(
     Sends do not hold up the sender; a computation waits for the arrival of its input. What a stage hands over to itself is there
     at once.
     """
-    turns = run_clock(schedule, lambda stage, action: seconds[stage][action.chunk].of(action.kind), send, wound)
-    return Timeline(
-        tuple(Span(stage, a.kind, a.micro_batch, a.chunk, start, end) for stage, a, start, end in turns), schedule.stages
-    )
+    each = _by_kind(seconds)
+    turns = run_clock(schedule, lambda stage, action: each[stage][action.chunk][action.kind], send, wound)
+    return Timeline(tuple(turns), schedule.stages)
 
 
 def play_end(turns: Sequence[Waits], seconds: Sequence[Sequence[ChunkSeconds]], send: float) -> float:
     """When the last computation of a wound schedule ends: `Timeline.end` without the timeline."""
-    lasts = [[{kind: chunk.of(kind) for kind in _asked(chunk)} for chunk in chunks] for chunks in seconds]
+    each = _by_kind(seconds)
     clock, ends = [0.0] * len(seconds), list[float]()
     for stage, action, source, travels in turns:
         start = clock[stage]
         if source >= 0:
             start = max(start, ends[source] + send if travels else ends[source])
-        clock[stage] = end = start + lasts[stage][action.chunk][action.kind]
+        clock[stage] = end = start + each[stage][action.chunk][action.kind]
         ends.append(end)
     return max(clock)
 
 
-def _asked(chunk: ChunkSeconds) -> tuple[Kind, ...]:
+def _by_kind(seconds: Sequence[Sequence[ChunkSeconds]]) -> list[list[dict[Kind, float]]]:
+    """[stage][chunk][kind of computation]."""
     whole = (Kind.FORWARD, Kind.BACKWARD)
-    return whole if chunk.weight is None else (*whole, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+    split = (*whole, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+    return [[{kind: c.of(kind) for kind in (whole if c.weight is None else split)} for c in chunks] for chunks in seconds]
 
 
 def lockstep_utilisation(schedule: Schedule) -> list[float]:

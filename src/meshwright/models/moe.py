@@ -9,7 +9,8 @@ k experts of a token, F expert width, O and I features out and in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -54,9 +55,9 @@ class MoE(nn.Module):
         self.loss_scale: float | Tensor = 1.0
         self.length: int | None = None
         self.load_E: Tensor | None = None
-        """Rows that each expert of the model got from the tokens here since `clear_load`, int64. Under full recompute a layer
-        runs twice, and counts twice: compare loads with each other only."""
+        """Rows that each expert of the model got from the tokens here since `clear_load`, int64."""
         self._dropped: Tensor | None = None
+        self._counts = True
 
     def forward(self, x: Tensor, where: Where = EVERYWHERE) -> Tensor:
         """x_BLD, or x_tD; returns y of the same shape."""
@@ -119,7 +120,18 @@ class MoE(nn.Module):
     def clear_load(self) -> None:
         self.load_E = self._dropped = None
 
+    @contextmanager
+    def not_counting(self) -> Iterator[None]:
+        """For tokens that have been counted, when backward runs them through again."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
+
     def _count(self, routing: Routing) -> None:
+        if not self._counts:
+            return
         experts_n, count = routing.experts_tk.flatten(), routing.logits_tE.shape[1]
         ones_n = torch.ones_like(experts_n) if routing.kept_tk is None else routing.kept_tk.flatten().to(experts_n.dtype)
         load_E = experts_n.new_zeros(count).scatter_add_(0, experts_n, ones_n)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from meshwright.models.attention import Where
 from meshwright.models.decoder import Decoder, cross_entropy
@@ -16,15 +16,18 @@ from meshwright.models.mlp import SharedInput
 from meshwright.models.moe import MoE
 from meshwright.models.routing import Balance
 from meshwright.parallel.balance import apply_balance, summed_load, update_selection_bias
+from meshwright.parallel.bucket import DTYPE
 from meshwright.parallel.context import ContextParallelCore, cut_tokens, cut_where
-from meshwright.parallel.data import PARAMETER_DTYPE, DataParallel
+from meshwright.parallel.data import DataParallel
 from meshwright.parallel.expert import apply_expert_parallel
 from meshwright.parallel.fp8 import Fp8Weight, is_eligible, refuse_fp8
 from meshwright.parallel.linear import Linear, Linears, WeightGradients
 from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.offload import make_offload
 from meshwright.parallel.pipeline import MicroBatch, Pipeline
+from meshwright.parallel.recompute import recompute_layers, recompute_parts
 from meshwright.parallel.tensor import apply_tensor_parallel
-from meshwright.parallel.units import absent, shard_parameters
+from meshwright.parallel.units import absent, bring_parameters
 from meshwright.parallel.vocab import vocab_parallel_cross_entropy, vocab_start
 from meshwright.schedule.actions import Schedule
 from meshwright.schedule.buckets import plan_buckets
@@ -117,9 +120,11 @@ def apply(
     initial: Callable[[Shard], Tensor],
     balance: Balance | None = None,
     schedule: Schedule | None = None,
+    offload_dir: Path | None = None,
 ) -> Engine:
     """This rank's share of `model`. `initial` gives each shard's first values; `balance`: how experts are kept in balance;
-    `schedule`: instead of the one that the layout names, for as many stages and chunks.
+    `schedule`: instead of the one that the layout names, for as many stages and chunks; `offload_dir`: where offload to files keeps them,
+    the system's temporary directory by default.
 
     Raises UserError for a layout that the model or the workload cannot be split by.
     """
@@ -145,26 +150,25 @@ def apply(
             )
         _split_experts(decoder, mesh, gradients, balance, workload.seq)
         _keep_weight_gradients(decoder, gradients)
-        if layout.recompute == "selective":
-            _recompute_attention(decoder)
+        recompute_parts(decoder, layout)
         if layout.cp > 1:
             _split_attention(decoder, mesh)
-        if layout.recompute == "full":
-            _recompute_layers(decoder)
-    state = DataParallel(plan_buckets(rank_shards(model, layout, mesh.stage, mesh.seat), layout), mesh)
+        recompute_layers(decoder, layout)
+    buckets = plan_buckets(rank_shards(model, layout, mesh.stage, mesh.seat), layout)
+    state = DataParallel(buckets, mesh, make_offload(mesh, offload_dir))
     parameters, uses = _materialise(chunks, model, state)
     state.attach(parameters, uses, gradients)
     _fill(state, initial)
-    if layout.zero == 3:
+    if not all(bucket.is_ready_to_use for bucket in state.buckets):
         for decoder in chunks:
-            shard_parameters(decoder, state, parameters, last_stays=layout.pp == 1)
+            bring_parameters(decoder, state, parameters, last_stays=layout.pp == 1)
     pipeline = Pipeline(
         chunks,
         schedule or layout_schedule(layout, micro_batches(layout, workload)),
         mesh["pp"],
         _loss(model, mesh),
         _boundary(model, workload, mesh),
-        PARAMETER_DTYPE[layout.precision],
+        DTYPE[layout.precision],
         gradients,
     )
     return Engine(model, mesh, chunks, pipeline, state)
@@ -207,11 +211,11 @@ def _materialise(
     made: dict[str, nn.Parameter] = {}
     precision = state.mesh.layout.precision
     for bucket in state.buckets:
-        if bucket.keeps_parameters:
+        if bucket.is_ready_to_use:
             made |= {name: _parameter(name, view, precision) for name, view in bucket.views(bucket.parameters)}
         else:
             made |= {
-                s.name: _parameter(s.name, absent(s.shape, bucket.dtype, bucket.device), precision)
+                s.name: _parameter(s.name, absent(s.shape, bucket.compute_dtype, bucket.device), precision)
                 for s in bucket.plan.shards
             }
     uses: Counter[str] = Counter()
@@ -239,8 +243,8 @@ def _fill(state: DataParallel, initial: Callable[[Shard], Tensor]) -> None:
         for bucket in state.buckets:
             for shard, offset in zip(bucket.plan.shards, bucket.plan.offsets, strict=True):
                 bucket.fill(shard, offset, initial(shard))
-            if bucket.has_master:
-                bucket.weights.copy_(bucket.own_parameters)
+            if bucket.master is not None:
+                bucket.master.copy_(bucket.own_parameters)
 
 
 def _loss(model: Model, mesh: Mesh) -> Callable[[Tensor, Tensor], Tensor]:
@@ -261,19 +265,3 @@ def _boundary(model: Model, workload: Workload, mesh: Mesh) -> tuple[int, ...]:
 def _split_attention(decoder: Decoder, mesh: Mesh) -> None:
     for layer in decoder.layers.values():
         layer.attention.core = ContextParallelCore(layer.attention.core, mesh["ring"], mesh["ulysses"])
-
-
-def _recompute_layers(decoder: Decoder) -> None:
-    for layer in decoder.layers.values():
-        layer.forward = _checkpointed(layer.forward)  # type: ignore[method-assign, assignment]
-
-
-def _recompute_attention(decoder: Decoder) -> None:
-    """The attention core alone: what it saves grows with the square of the length where no fused kernel serves (Korthikanti et
-    al. 2022, arXiv 2205.05198, section 5)."""
-    for layer in decoder.layers.values():
-        layer.attention.core.forward = _checkpointed(layer.attention.core.forward)
-
-
-def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return partial(checkpoint, forward, use_reentrant=False)

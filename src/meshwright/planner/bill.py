@@ -12,7 +12,7 @@ from meshwright.spec.economics import load_economic_constants
 from meshwright.spec.errors import UserError
 from meshwright.spec.model import Model
 from meshwright.spec.parameters import count_parameters
-from meshwright.spec.precision import STATE_BYTES
+from meshwright.spec.precision import StateBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,5 +128,5 @@ def _known(given: float | None, usual: float, source: str) -> tuple[float, str]:
 
 def checkpoint_bytes(model: Model, estimate: Estimate) -> int:
     """Weights and optimizer state of the whole model, each once; gradients are not saved."""
-    bytes_ = STATE_BYTES[estimate.layout.precision]
+    bytes_ = StateBytes.of(estimate.layout)
     return count_parameters(model).total * (bytes_.parameter + bytes_.optimizer)

@@ -15,17 +15,16 @@ Communication of the state is priced in the fewest buckets that there can be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import NamedTuple
 
 import numpy as np
 
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.ops import Collective, CollectiveOp, Elementwise
 from meshwright.planner.space import Bools, Floats, Ints, Pipeline, Sharding, Space
-from meshwright.planner.tables import Kind, Tables
+from meshwright.planner.tables import Kind, ShardSizes, Tables
 from meshwright.schedule.buckets import bucket_limit
 from meshwright.schedule.orders import peak_held
 from meshwright.schedule.stages import placement, stage_chunks
@@ -35,14 +34,10 @@ from meshwright.spec.precision import STATE_BYTES
 SPLIT_BACKWARD = ("zb-h1", "zb-v", "dualpipe-v")
 
 
-class Elements(NamedTuple):
-    """Of the parameters of one stage: dense and routed, and of the dense those of the embedding and the head, and those without
-    weight decay."""
-
-    dense: int
-    routed: int
-    ends: int
-    undecayed: int
+Held = tuple[int, ...]
+"""How many of each kind of layer, of embeddings and of heads a stage holds."""
+Bunch = tuple[int, int]
+"""(so many, elements each): parameters that go together over the wire."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,11 @@ class ClosedForm:
             if not legal.any():
                 continue
             state = self._state(pipeline, sharding, stages, at[legal])
-            seconds = stages.bound(m, hop, legal, state, hides=self.estimator.times.hides)
+            passes = stages.forward[:, legal], stages.backward[:, legal]
+            added = state.gather, state.again
+            if self.estimator.times.hides:
+                added = self._beside(added[0], passes[0]), self._beside(added[1], passes[1])
+            seconds = stages.bound(m[legal], hop[legal], legal, passes[0] + passes[1] + added[0] + added[1])
             if self.estimator.cluster.node.compute_slots is not None and self.space.gpus > 1:
                 seconds = np.maximum(seconds, stages.crowded[legal] * m[legal] / pipeline.pp)
             bytes_ = passing[:, legal] + state.bytes + self.estimator.overhead
@@ -121,9 +120,14 @@ class ClosedForm:
         keys = (self.tables.split[at] * self.space.gpus + columns.cp[at]) * (self.space.gpus + 1) + self.space.dp[at]
         _, first, which = np.unique(keys, return_index=True, return_inverse=True)
         values = np.array([self._state_of(pipeline, sharding, stages, int(at[i])) for i in first.tolist()])
-        gather, again, reduction, rest, bytes_ = values.transpose(2, 1, 0)[:, stages.kind][:, :, which]
-        hidden = stages.backward_of(at) if self.estimator.times.hides else 0.0
-        return _State(gather, again, (np.maximum(0.0, reduction - hidden) + rest).max(axis=0), bytes_)
+        gather, again, reduction, rest, bytes_ = values.transpose(2, 1, 0)[:, :, which]
+        if self.estimator.times.hides:
+            reduction = self._beside(reduction, stages.backward_of(at))
+        return _State(gather, again, (reduction + rest).max(axis=0), bytes_)
+
+    def _beside(self, seconds: Floats, work: Floats) -> Floats:
+        """As the estimator has it: what communication adds to computation that it runs beside."""
+        return np.asarray(np.maximum(0.0, seconds - work) + self.estimator.constants.beside * np.minimum(seconds, work))
 
     def _state_of(self, pipeline: Pipeline, sharding: Sharding, stages: _Stages, at: int) -> list[list[float]]:
         """For each kind of stage: seconds gathering for forward, and for backward with what is reduced there, of the gradients'
@@ -131,63 +135,55 @@ class ClosedForm:
         split, columns = int(self.tables.split[at]), self.space.columns
         cut = (sharding, *(int(x[at]) for x in (columns.tp, columns.cp, columns.dp, columns.ep, columns.etp)))
         out = []
-        for elements in stages.elements(split):
+        for held in stages.held:
             # The stage and its schedule do not matter, so that pipelines share what they agree on.
-            if (elements, cut) not in self._stages:
+            if (held, cut) not in self._stages:
                 layout = self.space.layout(at, pipeline, sharding)
-                self._stages[elements, cut] = self._state_of_stage(layout, split, elements)
-            out.append(self._stages[elements, cut])
+                self._stages[held, cut] = self._state_of_stage(layout, self.tables.shards[split], held)
+            out.append(self._stages[held, cut])
         return out
 
-    def _state_of_stage(self, layout: Layout, split: int, its: Elements) -> list[float]:
+    def _state_of_stage(self, layout: Layout, sizes: tuple[ShardSizes, ...], held: Held) -> list[float]:
         size = self.state_bytes
         in_forward = in_backward = reduction = rest = bytes_ = 0.0
-        owned_all = 0
-        dp_stride = layout.tp if layout.cp > 1 else layout.tp * layout.cp
-        for elements, routes, cuts, ranks, stride in (
-            (its.dense - its.undecayed, False, layout.state_shards, layout.data_ranks, dp_stride),
-            (its.undecayed, False, layout.state_shards, layout.data_ranks, dp_stride),
-            (its.routed, True, layout.expert_state_shards, layout.edp, layout.ep * layout.etp),
-        ):
+        owned_all = elements_all = 0
+        for group in _groups(layout):
+            parts = [(count, group.sizes(of)) for count, of in zip(held, sizes, strict=True)]
+            elements = sum(count * sum(part) for count, part in parts)
             if not elements:
                 continue
-            owned = elements // cuts
-            owned_all += owned
-            cap = self._cap(layout, split, routes)
-            calls = partial(self._calls, "edp" if routes else "dp", cap=cap)
-            gather = calls("all_gather", cuts, stride, elements, size.parameter)
-            scatter = calls("reduce_scatter", cuts, stride, elements, size.gradient)
-            replicas = calls("all_reduce", ranks // cuts, stride * cuts, owned, size.gradient, cap=-(-cap // cuts))
-            if layout.zero == 3:
+            cuts, owned = group.cuts, elements // group.cuts
+            owned_all, elements_all = owned_all + owned, elements_all + elements
+            bunches = _bunches(layout, parts, group)
+            calls = partial(self._calls, group.axis)
+            gather = calls("all_gather", cuts, group.stride, bunches, size.parameter)
+            scatter = calls("reduce_scatter", cuts, group.stride, bunches, size.gradient)
+            shares = [(count, each // cuts) for count, each in bunches]
+            replicas = calls("all_reduce", group.ranks // cuts, group.stride * cuts, shares, size.gradient)
+            if group.comes_and_goes:
                 in_forward += gather
                 # The embedding and the head need not be gathered for backward.
-                kept = elements if routes else max(0, elements - its.ends)
-                in_backward += calls("all_gather", cuts, stride, kept, size.parameter)
+                layers = _bunches(layout, parts[:-2], group)
+                in_backward += calls("all_gather", cuts, group.stride, layers, size.parameter)
             if layout.zero >= 2:
                 in_backward += scatter
             if cuts == 1:
                 reduction += replicas
             else:
                 reduction += scatter if layout.zero < 2 else 0.0
-                rest += replicas + (gather if layout.zero < 3 else 0.0)
-            parameters = owned if layout.zero == 3 else elements
+                rest += replicas + (0.0 if group.comes_and_goes else gather)
+            parameters = owned if group.comes_and_goes else elements
             gradients = owned if layout.zero >= 2 else elements
             bytes_ += parameters * size.parameter + gradients * size.gradient + owned * size.optimizer
-        rest += self._optimizer(its.dense + its.routed, owned_all)
+        rest += self._optimizer(elements_all, owned_all)
         return [in_forward, in_backward, reduction, rest, bytes_]
 
-    def _cap(self, layout: Layout, split: int, routed: bool) -> int:
-        """Elements of the largest bucket that there can be."""
-        units = (self.tables.routed if routed else self.tables.dense)[:, split].max() if layout.zero == 3 else 0
-        return max(bucket_limit(layout, routed), int(self.tables.largest[int(routed), split]), int(units))
-
-    def _calls(self, axis: str, op: CollectiveOp, group: int, stride: int, elements: int, size: int, *, cap: int) -> float:
-        """Seconds for `elements` in the fewest buckets."""
-        if group == 1 or not elements:
+    def _calls(self, axis: str, op: CollectiveOp, group: int, stride: int, bunches: Sequence[Bunch], size: int) -> float:
+        """Seconds of a call for each bunch."""
+        if group == 1:
             return 0.0
-        seconds, (full, rest) = self.estimator.times.seconds, divmod(elements, cap)
-        whole = full * seconds(Collective(axis, op, group, stride, cap * size)) if full else 0.0
-        return whole + (seconds(Collective(axis, op, group, stride, rest * size)) if rest else 0.0)
+        seconds = self.estimator.times.seconds
+        return sum(count * seconds(Collective(axis, op, group, stride, each * size)) for count, each in bunches if each)
 
     def _optimizer(self, whole: int, owned: int) -> float:
         """As `cost/program.py` has it, without padding."""
@@ -198,7 +194,7 @@ class ClosedForm:
 
 @dataclass(frozen=True)
 class _State:
-    """[stages, combinations]; `end` is of the slowest stage."""
+    """[kinds of stages, combinations]; `end` is of the slowest stage."""
 
     gather: Floats
     again: Floats
@@ -207,7 +203,7 @@ class _State:
 
 
 class _Stages:
-    """What each stage of a pipeline does for one micro-batch of the combinations `at`; arrays are [stages, at]."""
+    """What each kind of stage of a pipeline does for one micro-batch of the combinations `at`; arrays are [kinds of stages, at]."""
 
     def __init__(self, pipeline: Pipeline, space: Space, tables: Tables, at: Ints):
         self.pipeline, self.tables, self.at = pipeline, tables, at
@@ -216,33 +212,29 @@ class _Stages:
         f, b, w = (self.counts @ tables.pieces[name][:, at] for name in ("forward", "backward", "weight"))
         self.split = pipeline.schedule in SPLIT_BACKWARD
         goes_back = b - w if self.split else b
-        first = self.places.min(axis=1)
-        self.fill = (np.cumsum(f, axis=0) - f)[first]
-        self.drain = (np.cumsum(goes_back, axis=0) - goes_back)[first]
-        self.hops = first[:, None]
-        self.forward, self.backward, self.weight = (x[self.places].sum(axis=1) for x in (f, b, w))
-        self._elements: dict[int, list[Elements]] = {}
         self._kinds, kind = np.unique(self.counts[self.places].sum(axis=1), axis=0, return_inverse=True)
         self.kind = kind.ravel()
         """[stages]: stages that hold the same layers are of one kind."""
+        # Of stages alike, the one furthest into the model waits longest.
+        furthest = [int(np.flatnonzero(self.kind == k)[-1]) for k in range(len(self._kinds))]
+        its = self.places[furthest]
+        first = its.min(axis=1)
+        self.fill = (np.cumsum(f, axis=0) - f)[first]
+        self.drain = (np.cumsum(goes_back, axis=0) - goes_back)[first]
+        self.hops = first[:, None]
+        self.forward, self.backward, self.weight = (x[its].sum(axis=1) for x in (f, b, w))
 
     @cached_property
     def crowded(self) -> Floats:
         """[at]: seconds of all stages while every rank of the node computes."""
         return np.asarray(self.counts.sum(axis=0) @ self.tables.pieces["crowded"][:, self.at])
 
-    def bound(self, m: Ints, hop: Floats, legal: Bools, state: _State, *, hides: bool) -> Floats:
-        """Seconds of all micro-batches."""
-        forward, backward = self.forward[:, legal], self.backward[:, legal]
-        if hides:
-            forward, backward = np.maximum(forward, state.gather), np.maximum(backward, state.again)
-        else:
-            forward, backward = forward + state.gather, backward + state.again
-        travels = self.hops * hop[legal]
-        fill, drain = self.fill[:, legal] + travels, self.drain[:, legal] + travels
-        work = m[legal] * (forward + backward)
+    def bound(self, m: Ints, hop: Floats, legal: Bools, each: Floats) -> Floats:
+        """Seconds of all `m` micro-batches of those that are `legal`; `each`: of one through each kind of stage."""
+        travels = self.hops * hop
+        fill, drain, work = self.fill[:, legal] + travels, self.drain[:, legal] + travels, m * each
         if self.split:
-            return np.asarray((fill + np.maximum(work, work - m[legal] * self.weight[:, legal] + drain)).max(axis=0))
+            return np.asarray((fill + np.maximum(work, work - m * self.weight[:, legal] + drain)).max(axis=0))
         return np.asarray((fill + work + drain).max(axis=0))
 
     def backward_of(self, at: Ints) -> Floats:
@@ -258,11 +250,12 @@ class _Stages:
             flights = np.stack([_interleaved_held(p, size) for size in sizes.tolist()], axis=2)[:, :, which]
             activations = (flights * saved).sum(axis=1)
         else:
-            activations = np.stack([_held(p, size) for size in sizes.tolist()], axis=1)[:, which] * saved.min(axis=1)
+            activations = np.stack([_in_flight(p, size) for size in sizes.tolist()], axis=1)[:, which] * saved.min(axis=1)
         # A piece that a stage does not hold has no temporaries there.
         held = self._kinds > 0
-        working = np.stack([tables.pieces["working"][row][:, self.at].max(axis=0) for row in held])[self.kind]
-        return np.asarray(activations + working + 2 * self._neighbours[:, None] * tables.boundary[self.at])
+        working = np.stack([tables.pieces["working"][row][:, self.at].max(axis=0) for row in held])
+        passing = activations + 2 * self._neighbours[:, None] * tables.boundary[self.at]
+        return np.asarray(np.stack([passing[self.kind == k].max(axis=0) for k in range(len(held))]) + working)
 
     @cached_property
     def _neighbours(self) -> Ints:
@@ -275,19 +268,62 @@ class _Stages:
             ]
         )
 
-    def elements(self, split: int) -> list[Elements]:
-        """The parameters of each kind of stage."""
-        if split not in self._elements:
-            tables = self.tables
-            dense, routed, undecayed = (self._kinds @ x[:, split] for x in (tables.dense, tables.routed, tables.undecayed))
-            ends = self._kinds[:, -2:] @ tables.dense[-2:, split]
-            rows = np.stack([dense, routed, ends, undecayed], axis=1).astype(np.int64).tolist()
-            self._elements[split] = [Elements(*row) for row in rows]
-        return self._elements[split]
+    @cached_property
+    def held(self) -> list[Held]:
+        """What each kind of stage holds."""
+        return [tuple(row) for row in self._kinds.astype(np.int64).tolist()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Parameters that share buckets, and the ranks that share them."""
+
+    fields: tuple[str, ...]
+    axis: str
+    cuts: int
+    ranks: int
+    stride: int
+    comes_and_goes: bool = False
+    """ZeRO-3's: gathered layer by layer."""
+
+    @property
+    def routed(self) -> bool:
+        return self.axis == "edp"
+
+    def sizes(self, of: ShardSizes) -> tuple[int, ...]:
+        return tuple(n for name in self.fields for n in getattr(of, name))
+
+
+def _groups(layout: Layout) -> tuple[_Group, ...]:
+    dense = ("dp", layout.state_shards, layout.data_ranks, layout.tp if layout.cp > 1 else layout.tp * layout.cp)
+    routed = ("edp", layout.expert_state_shards, layout.edp, layout.ep * layout.etp)
+    if layout.zero < 3:
+        return (
+            _Group(("matrices", "routers"), *dense),
+            _Group(("vectors",), *dense),
+            _Group(("experts", "expert_vectors"), *routed),
+        )
+    return (
+        _Group(("matrices",), *dense, comes_and_goes=True),
+        _Group(("routers", "vectors"), *dense),
+        _Group(("experts",), *routed, comes_and_goes=True),
+        _Group(("expert_vectors",), *routed),
+    )
+
+
+def _bunches(layout: Layout, parts: Sequence[tuple[int, Sequence[int]]], group: _Group) -> list[Bunch]:
+    """The fewest that there can be: what is gathered layer by layer goes so; else what is larger than a bucket goes alone, and the
+    rest in full buckets."""
+    if group.comes_and_goes:
+        return [(count, sum(part)) for count, part in parts if count]
+    limit = bucket_limit(layout, group.routed)
+    out = [(count, each) for count, part in parts for each in part if count and each > limit]
+    full, rest = divmod(sum(count * each for count, part in parts for each in part if each <= limit), limit)
+    return [*out, (full, limit), (1, rest)]
 
 
 @lru_cache(maxsize=4096)
-def _held(pipeline: Pipeline, micro_batches: int) -> Ints:
+def _in_flight(pipeline: Pipeline, micro_batches: int) -> Ints:
     """[stages]: chunks in flight."""
     p = pipeline
     return np.array([peak_held(p.schedule, stage, p.pp, micro_batches, p.chunks) for stage in range(p.pp)])

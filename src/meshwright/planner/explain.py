@@ -43,11 +43,11 @@ class Kind:
     """Layouts that a person would try. `columns` reads the same fields of one layout and of all combinations of a space."""
 
     columns: Callable[[Any], Any] = lambda x: x.dp > 0
-    leaf: Callable[[Any], bool] = lambda x: True
+    leaf: Callable[[str, int], bool] = lambda schedule, zero: True
     """Of the schedule and the ZeRO stage."""
 
     def holds(self, layout: Layout) -> bool:
-        return bool(self.columns(layout)) and self.leaf(layout)
+        return bool(self.columns(layout)) and self.leaf(layout.schedule, layout.zero)
 
 
 def kinds_of(domain: int) -> list[tuple[str, Kind]]:
@@ -59,13 +59,13 @@ def kinds_of(domain: int) -> list[tuple[str, Kind]]:
         (f"tensor parallel across domains (tp{2 * domain})", Kind(lambda x: x.tp == 2 * domain)),
         ("no pipeline", Kind(lambda x: x.pp == 1)),
         ("pipeline without data parallel", Kind(lambda x: (x.pp > 1) & (x.dp == 1))),
-        ("plain 1F1B", Kind(lambda x: x.pp > 1, lambda x: x.schedule == "1f1b")),
+        ("plain 1F1B", Kind(lambda x: x.pp > 1, lambda schedule, zero: schedule == "1f1b")),
         ("no context parallel", Kind(lambda x: x.cp == 1)),
         ("experts whole on every rank", Kind(lambda x: (x.ep == 1) & (x.etp == 1))),
         ("experts over more than a domain", Kind(lambda x: x.ep * x.etp > domain)),
         ("no sequence parallel", Kind(lambda x: (x.tp > 1) & (x.sp == 0))),
-        ("no ZeRO", Kind(lambda x: x.dp > 1, lambda x: x.zero == 0)),
-        ("ZeRO-3", Kind(lambda x: x.dp > 1, lambda x: x.zero == 3)),
+        ("no ZeRO", Kind(lambda x: x.dp > 1, lambda schedule, zero: zero == 0)),
+        ("ZeRO-3", Kind(lambda x: x.dp > 1, lambda schedule, zero: zero == 3)),
         ("full recompute", Kind(lambda x: x.recompute == "full")),
         ("no recompute", Kind(lambda x: x.recompute == "none")),
     ]

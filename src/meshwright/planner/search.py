@@ -36,7 +36,6 @@ MOST_PLAYED, SMALL_SPACE = 256, 4096
 """Layouts played at most, in spaces that have more than so many. What the bounds still leave in doubt is the answer's `gap`."""
 PER_KIND, MOST_PER_KIND = 2048, 8192
 """Combinations of each obvious kind that are looked at together, and in all."""
-PLAYED_PER_KIND = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,29 +232,26 @@ class _Search:
         least = self.closed.least_seconds[its]
         order = np.argsort(least, kind="stable")
         for start in range(0, min(len(its), MOST_PER_KIND), PER_KIND):
-            if fit and least[order[start]] >= min(fit, key=lambda row: row[0])[0]:
+            if fit and least[order[start]] >= fit[0]:
                 break
             some = np.sort(its[order[start : start + PER_KIND]])
             more, need = self._least_of(kind, of_kind, self.closed.price(some, plain=True))
-            fit += more
+            fit = min(filter(None, (fit, more)), key=lambda row: row[0], default=None)
             smallest = min(filter(None, (smallest, need)), key=lambda row: row[0], default=None)
-        quick = [
-            (self.estimator.played(layout), layout) for _, layout in sorted(fit, key=lambda row: row[0])[:PLAYED_PER_KIND]
-        ]
-        fits = [(q.step_time_s, str(layout), layout) for q, layout in quick if q.fits]
-        chosen = min(fits)[-1] if fits else fit[0][1] if fit else smallest[1] if smallest else None
-        return self.estimator.estimate(chosen) if chosen else None
+        chosen = fit or smallest
+        return self.estimator.estimate(chosen[1]) if chosen else None
 
     def _least_of(
         self, kind: Kind, of_kind: Bools, every: Iterable[Bounds]
-    ) -> tuple[list[tuple[float, Layout]], tuple[float, Layout] | None]:
-        """Of the members of `kind`: under each pipeline and sharding the quickest that fits, by its bound; and what needs the fewest
-        bytes of all."""
-        fit: list[tuple[float, Layout]] = []
+    ) -> tuple[tuple[float, Layout] | None, tuple[float, Layout] | None]:
+        """Of the members of `kind`, the quickest that fits, with its bound, and what needs the fewest bytes."""
+        fit: tuple[float, Layout] | None = None
         smallest: tuple[float, Layout] | None = None
         for bounds in every:
+            if not kind.leaf(bounds.pipeline.schedule, bounds.sharding.zero):
+                continue
             its = np.flatnonzero(of_kind[bounds.at])
-            if not len(its) or not kind.leaf(self._layout(bounds, 0)):
+            if not len(its):
                 continue
             bytes_, seconds = bounds.bytes[its], bounds.seconds[its]
             need = int(np.argmin(bytes_))
@@ -263,7 +259,8 @@ class _Search:
                 smallest = float(bytes_[need]), self._layout(bounds, int(its[need]))
             if bytes_[need] <= self.limit:
                 quick = int(np.argmin(np.where(bytes_ <= self.limit, seconds, np.inf)))
-                fit.append((float(seconds[quick]), self._layout(bounds, int(its[quick]))))
+                if not fit or seconds[quick] < fit[0]:
+                    fit = float(seconds[quick]), self._layout(bounds, int(its[quick]))
         return fit, smallest
 
     def _layout(self, bounds: Bounds, index: int) -> Layout:

@@ -34,8 +34,8 @@ MAX_MICRO_BATCH = 16
 """Sequences. Larger ones only add memory: the GEMMs of 16 sequences of any length worth training on are large."""
 MIN_TOKENS = 512
 """Tokens of a sequence on a cp rank: a ring of shorter pieces sends more than it computes."""
-MAX_CHUNKS = 8
-"""Chunks a stage of interleaved 1F1B: the bubble that is left after eight is an eighth."""
+MAX_CHUNKS = 6
+"""Chunks a stage of interleaved 1F1B: the bubble that is left after six is a sixth."""
 MAX_ETP = 8
 """Ranks that share an expert: experts are narrow, and their products get narrower."""
 

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from meshwright.cost.estimate import Estimator
-from meshwright.cost.memory import state_bytes
+from meshwright.cost.memory import away_bytes, state_bytes
 from meshwright.cost.program import Place, Program, rank_program
 from meshwright.cost.traffic import step_traffic
 from meshwright.report.units import seconds, size
@@ -74,10 +74,13 @@ def compare_run(directory: str, cluster: str) -> list[Row]:
     programs = {
         (r["stage"], r["tp"]): rank_program(model, layout, workload, Place(r["stage"], r["tp"])) for r in report["ranks"]
     }
-    for kind in ("parameters", "gradients", "optimizer"):
-        predicted = max(state_bytes(p, layout)[kind] for p in programs.values())
+    held = [state_bytes(p, layout) for p in programs.values()]
+    for kind in held[0]:
         measured = max(r["state_bytes"][kind] for r in report["ranks"])
-        rows.append(Row(name, f"{kind}, largest rank", "B", predicted, measured))
+        rows.append(Row(name, f"{kind}, largest rank", "B", max(h[kind] for h in held), measured))
+    for where in away_bytes(next(iter(programs.values())), layout):
+        predicted = max(away_bytes(p, layout)[where] for p in programs.values())
+        rows.append(Row(name, f"{where}, largest rank", "B", predicted, max(r["away_bytes"] for r in report["ranks"])))
     rows += _traffic_rows(name, report["ranks"], programs, micro_batches(layout, workload))
     return rows
 

@@ -34,6 +34,12 @@ def _headline(e: Estimate) -> RenderableType:
         ("memory", f"{gib(e.peak_bytes)} of {gib(e.memory_limit_bytes)} on the fullest stage: {verdict}"),
         ("step by part", ", ".join(f"{name} {seconds(value)}" for name, value in e.breakdown.items() if value > 0)),
     ]
+    if (away := e.offload) is not None:
+        moved = f"{size(away.read_bytes)} read and {size(away.written_bytes)} written a step"
+        times = f"{seconds(away.time_s)}, of which {seconds(away.exposed_s)} exposed"
+        rows.insert(
+            -1, (f"offload to {away.where}", f"{gib(away.kept_bytes)} of the rank that keeps most; {moved}: {times}")
+        )
     for row in rows:
         table.add_row(*row)
     return table

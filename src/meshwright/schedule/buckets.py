@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meshwright.spec.layout import Layout
-from meshwright.spec.precision import STATE_BYTES
+from meshwright.spec.precision import StateBytes, StateDtypes
 from meshwright.spec.shards import Shard
 
 ALIGNMENT = 64
@@ -20,6 +20,11 @@ BUCKET_BYTES_PER_RANK = 4 * 2**20
 """A ring cuts a bucket into one piece per rank: the bucket grows with the group, or the pieces fall into the
 latency regime (fabric.md 1.5: a 256 MiB bucket over 128 nodes runs at a tenth of the line rate)."""
 
+
+IN_TURN = 3
+"""Buckets whose offloaded state is on a rank at once in the optimizer: one arrives, one is updated, one leaves."""
+AHEAD = 2
+"""Units that are on their way while one computes: the next is gathered and, where offloaded, the one after it is read."""
 
 TAIL_PART = 8
 """The last bucket holds at most this part of a full one."""
@@ -37,6 +42,8 @@ class Bucket:
     unit: str | None = None
     """Under ZeRO-3, the part of the model (a layer, the embedding, the head) for which these parameters are gathered; None: they
     are always whole."""
+    is_cast: bool = False
+    """Kept in another dtype than they are computed in: cast unit by unit, on the way into the computation."""
 
     @property
     def owned(self) -> int:
@@ -75,15 +82,16 @@ def plan_buckets(shards: Sequence[Shard], layout: Layout) -> tuple[Bucket, ...]:
     """Group a rank's shards into buckets, last layer first (the order in which gradients become ready).
 
     A bucket's length is a multiple of the parts that its state is cut into. Shards that differ in weight decay, in how their
-    gradient is completed or, under ZeRO-3, in when they are gathered go to different buckets.
+    gradient is completed, in their dtype or, under ZeRO-3, in when they are gathered go to different buckets.
     """
     open_: dict[tuple[object, ...], list[Shard]] = {}
     filled: dict[tuple[object, ...], int] = {}
     out: list[Bucket] = []
+    casts = StateDtypes.of(layout).is_cast
     limits = {routed: bucket_limit(layout, routed) for routed in (False, True)}
     for shard in reversed(shards):
         unit = unit_of(shard.name) if layout.zero == 3 and shard.gathered else None
-        key = (unit, shard.decay, shard.replicas, shard.partial, shard.routed)
+        key = (unit, shard.decay, shard.replicas, shard.partial, shard.routed, casts and shard.gathered)
         waiting, numel = open_.setdefault(key, []), shard.numel
         if waiting and unit is None and filled[key] + numel > limits[shard.routed]:
             out.append(_close(waiting, unit, layout))
@@ -99,7 +107,7 @@ def plan_buckets(shards: Sequence[Shard], layout: Layout) -> tuple[Bucket, ...]:
 
 def bucket_limit(layout: Layout, routed: bool) -> int:
     """Elements of a full bucket: only a shard that is larger by itself, or a unit of ZeRO-3, makes a larger one."""
-    return bucket_bytes(layout.edp if routed else layout.data_ranks) // STATE_BYTES[layout.precision].gradient
+    return bucket_bytes(layout.edp if routed else layout.data_ranks) // StateBytes.of(layout).gradient
 
 
 def _without_heavy_tail(shards: list[Shard], limit: int) -> list[list[Shard]]:
@@ -124,7 +132,8 @@ def _close(shards: list[Shard], unit: object, layout: Layout) -> Bucket:
         offsets.append(end)
         end += _aligned(shard.numel)
     assert unit is None or isinstance(unit, str)
-    return Bucket(tuple(shards), tuple(offsets), -(-end // cuts) * cuts, cuts, unit)
+    is_cast = StateDtypes.of(layout).is_cast and shards[0].gathered
+    return Bucket(tuple(shards), tuple(offsets), -(-end // cuts) * cuts, cuts, unit, is_cast)
 
 
 def _aligned(numel: int) -> int:

@@ -36,6 +36,10 @@ class ScaleUp(_Frozen):
     effective_bandwidth: Positive | None = None
     """What a ring collective reaches, where a source says so."""
     topology: str = "switch"
+    latency_share: Positive = 1.0
+    """Of the latencies of this kind of link (catalogue/collectives.yaml), where a measurement says otherwise."""
+    sums_in_switch: bool = False
+    """Whether the switches sum an all-reduce on its way (NVLink SHARP)."""
 
 
 class Accelerator(_Frozen):
@@ -44,6 +48,8 @@ class Accelerator(_Frozen):
     vendor: str
     memory_bytes: int = Field(gt=0)
     memory_bandwidth: Positive
+    processors: int | None = Field(default=None, ge=1)
+    """Streaming multiprocessors or compute units, which a product's tiles are dealt to. None: not known, or no such units."""
     peak_flops: dict[str, Positive]
     """Dense FLOP/s by precision name (a `PeakName`; int8 in integer operations/s). Absent: unknown or unsupported."""
     matmul_share: dict[str, Positive] = Field(default_factory=dict)
@@ -53,6 +59,8 @@ class Accelerator(_Frozen):
     overhead_bytes: int | None = Field(default=None, ge=0)
     """What context, communication library and allocator take beside tensors. None: the usual (catalogue/kernels.yaml)."""
     scale_up: ScaleUp
+    host_bandwidth: Positive | None = None
+    """Bytes/s between its memory and the host's, in either direction, both at once. None: not known, or its memory is the host's."""
     tdp_watts: Positive | None = None
     confidence: str
     source: str
@@ -75,6 +83,8 @@ class Node(_Frozen):
     nic_bandwidth: float = Field(ge=0)
     """Bytes/s of one NIC (400 Gbit/s = 50e9)."""
     power_watts: Positive | None = None
+    file_bandwidth: Positive | None = None
+    """Bytes/s that its ranks together read and write in files on its own drives. None: not known."""
     compute_slots: int | None = Field(default=None, ge=1)
     """How many ranks of a node can compute at full rate at once; fewer than `accelerators` when ranks share cores."""
 

@@ -2,7 +2,9 @@
 
 They are meant for this alpha-beta model (NCCL v2.30.7 src/graph/tuning.cc; factor as in nccl-tests doc/PERFORMANCE.md):
 
-    ring collective    max(floor, min over protocols of base + hops * hop + bytes * factor / (bandwidth_share * rate))
+    ring collective    max(floor, min over protocols of base + hops * hop + (bytes * factor + own copy) / (bandwidth_share * rate))
+    all-to-all         the same with `exchange` and n - 1 hops; without it, bytes over the plateau
+    summed in switch   base + (bytes * factor + own copy) / (gain * rate), for all-reduce where it is less
     point to point     p2p_latency + bytes / (p2p_share * pair rate)
 
 hops: 2 (n - 1) for all-reduce, n - 1 for all-gather and reduce-scatter, each at the latency of the link it crosses.
@@ -40,8 +42,25 @@ class RingProtocol(_Frozen):
     """Of the rate that the best protocol reaches."""
 
 
+class InSwitch(_Frozen):
+    """All-reduce whose sums are made by the switch (NVLS)."""
+
+    base_latency: Seconds
+    gain: dict[int, float]
+    """Over the ring's rate, by ranks; fewer ranks than the least gain nothing, more than the most gain as the most."""
+
+    def gain_of(self, ranks: int) -> float:
+        return max((gain for least, gain in self.gain.items() if least <= ranks), default=1.0)
+
+
 class LinkConstants(_Frozen):
     protocols: dict[str, RingProtocol] = Field(min_length=1)
+    exchange: dict[str, RingProtocol] = Field(default_factory=dict)
+    """Of all-to-all inside one domain."""
+    copy_share: float = Field(default=0.0, ge=0)
+    """Of the ring's rate over that of a rank's copy of its own part from input to output, which takes time too."""
+    in_switch: InSwitch | None = None
+    """Where the switches can sum (`ScaleUp.sums_in_switch`)."""
     floors: dict[CollectiveOp, Seconds]
     """Measured seconds of the smallest message; no call is quicker. Absent: none was measured."""
     p2p_latency: Seconds
@@ -54,7 +73,13 @@ class LinkConstants(_Frozen):
 
     @model_validator(mode="after")
     def _every_figure_has_a_source(self) -> Self:
-        if missing := sorted(self.model_fields_set - {"sources"} - set(self.sources)):
+        fields = type(self).model_fields
+        given = {
+            name
+            for name in self.model_fields_set - {"sources"}
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        }
+        if missing := sorted(given - set(self.sources)):
             raise UserError(f"sources lacks {', '.join(missing)}")
         return self
 

@@ -13,6 +13,7 @@ from meshwright.spec.precision import STATE_BYTES, UNPRICED
 from meshwright.spec.workload import Workload
 
 BUILT_RECOMPUTES = ("none", "selective", "full")
+BUILT_PARTS = ("core", "core+mlp", "mlp")
 
 
 def check_layout(layout: Layout, model: Model, workload: Workload) -> None:
@@ -20,9 +21,11 @@ def check_layout(layout: Layout, model: Model, workload: Workload) -> None:
     _check_tensor_parallel(layout, model, workload)
     _check_experts(layout, model, workload)
     check_context(layout, model, workload.seq)
-    if layout.recompute == "selective" and layout.cp_ring > 1:
+    if layout.recompute == "selective" and "core" in layout.recompute_parts and layout.cp_ring > 1:
+        given = "ac:" + ("selective" if layout.recompute_parts == ("core",) else "+".join(layout.recompute_parts))
         raise UserError(
-            "ac:selective would change nothing under ring attention, which keeps no scores: leave it out, or take ac:full"
+            f"{given}: recompute of the core would change nothing under ring attention, which keeps no scores: leave it out, or "
+            "take ac:mlp or ac:full"
         )
     if layout.pp * layout.chunks > model.layers:
         raise UserError(
@@ -81,11 +84,7 @@ def refuse_unbuilt(layout: Layout) -> None:
     for given, built, what in (
         (layout.recompute, BUILT_RECOMPUTES, "recompute mode"),
         (layout.precision, tuple(STATE_BYTES), "precision"),
-        ("+".join(layout.recompute_parts), ("core",), "recompute of"),
-        (layout.recompute_layers, (None,), "recompute of so many layers:"),
-        (layout.parameter_dtype, (None,), "a parameter dtype of its own:"),
-        (layout.gradient_dtype, (None,), "a gradient dtype of its own:"),
-        (layout.offload, ("none",), "offload"),
+        ("+".join(layout.recompute_parts), BUILT_PARTS, "recompute of"),
     ):
         if given not in built:
             raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")

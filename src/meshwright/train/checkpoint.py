@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from meshwright.models.huggingface import save_safetensors
-from meshwright.parallel.data import FlatBucket
+from meshwright.parallel.bucket import FlatBucket
 from meshwright.parallel.mesh import Mesh
 from meshwright.spec.errors import UserError
 from meshwright.spec.files import fsync, write_text_atomically
@@ -85,7 +85,7 @@ def load_checkpoint(path: Path, mesh: Mesh, optimizer: Optimizer) -> dict[str, A
     Raises UserError when a tensor is missing or has another shape: the checkpoint is of another model.
     """
     about = read_about(path)
-    boxes = _held_boxes(mesh, optimizer)
+    boxes = _held_boxes(optimizer)
     reader = dcp.FileSystemReader(path)
     stored = reader.read_metadata().state_dict_metadata
     for name, pieces in boxes.items():
@@ -98,7 +98,7 @@ def load_checkpoint(path: Path, mesh: Mesh, optimizer: Optimizer) -> dict[str, A
     with _quiet():
         dcp.load({}, storage_reader=reader, planner=_LoadPlanner(boxes), no_dist=not dist.is_initialized())
     optimizer.set_step(int(about["step"]))
-    optimizer.state.publish()
+    optimizer.state.adopt_weights()
     return about
 
 
@@ -155,21 +155,18 @@ def _within_row(
 def _owned_boxes(mesh: Mesh, optimizer: Optimizer) -> dict[str, list[Box]]:
     """Of the ranks that hold the same values, the first one writes."""
     owned = [b for b in optimizer.state.buckets if b.replicate.index == 0 and mesh.owns(b.plan.replicas)]
-    return _boxes(optimizer, owned)
+    return _boxes(owned)
 
 
-def _held_boxes(mesh: Mesh, optimizer: Optimizer) -> dict[str, list[Box]]:
-    return _boxes(optimizer, optimizer.state.buckets)
+def _held_boxes(optimizer: Optimizer) -> dict[str, list[Box]]:
+    return _boxes(optimizer.state.buckets)
 
 
-def _boxes(optimizer: Optimizer, buckets: list[FlatBucket]) -> dict[str, list[Box]]:
+def _boxes(buckets: list[FlatBucket]) -> dict[str, list[Box]]:
     """Every box of master weights and Adam moments in `buckets`, by name in the checkpoint."""
     out: dict[str, list[Box]] = {}
-    for index, bucket in enumerate(optimizer.state.buckets):
-        if bucket not in buckets:
-            continue
-        first, second = optimizer.moments(index)
-        for kind, flat in (("model", bucket.weights.detach()), ("exp_avg", first), ("exp_avg_sq", second)):
+    for bucket in buckets:
+        for kind, flat in zip(("model", "exp_avg", "exp_avg_sq"), bucket.state_at_rest, strict=True):
             for shard, offset in zip(bucket.plan.shards, bucket.plan.offsets, strict=True):
                 pieces = list(_shard_boxes(shard, offset, bucket.owned, flat))
                 if pieces:

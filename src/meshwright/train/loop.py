@@ -47,6 +47,7 @@ def train(recipe: Recipe, peak_flops: float | None) -> None:
         run.run()
     finally:
         run.progress.close()
+        run.engine.state.close()
 
 
 class Run:
@@ -56,7 +57,15 @@ class Run:
         self.mesh = build_mesh(recipe.parsed_layout, self.model, rank_device())
         self.is_main = self.mesh.rank == 0
         self.batches = self._data()
-        self.engine = apply(self.model, recipe.workload, self.mesh, self._initial(), recipe.balance, recipe.schedule)
+        self.engine = apply(
+            self.model,
+            recipe.workload,
+            self.mesh,
+            self._initial(),
+            recipe.balance,
+            recipe.schedule,
+            offload_dir=recipe.offload_path,
+        )
         self._read_buffers()
         self.optimizer = Optimizer(recipe, self.engine.state)
         self.scaler = LossScaler(self.mesh.layout.precision)
@@ -205,10 +214,12 @@ class Run:
             "stage": self.mesh.stage,
             "tp": self.mesh["tp"].index,
             "state_bytes": {
-                "parameters": sum(b.parameters.nbytes for b in state.buckets),
+                "parameters": sum(b.parameter_bytes for b in state.buckets),
                 "gradients": sum(b.gradients.nbytes for b in state.buckets),
                 "optimizer": self.optimizer.state_bytes(),
+                **({"offload": state.offload.working_bytes} if state.offload else {}),
             },
+            "away_bytes": state.offload.kept_bytes if state.offload else 0,
             "collectives": [
                 {"axis": e.axis, "op": e.op, "group_size": e.group_size, "count": count, "bytes": nbytes}
                 for e, count, nbytes in self.sent

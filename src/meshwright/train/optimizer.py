@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.optim.adamw import adamw
 
+from meshwright.parallel.bucket import AdamState, FlatBucket
 from meshwright.parallel.data import DataParallel
 from meshwright.train.recipe import Recipe
 
+EPSILON = 1e-8
+"""Added to the root of the second moment (Kingma and Ba 2015, arXiv 1412.6980, section 2)."""
+
 
 class Optimizer:
-    """Steps the owned part of every bucket, then publishes the new parameters to the other dp ranks."""
+    """Steps the owned part of every bucket, one after the other, then publishes the new parameters to the other dp ranks."""
 
     def __init__(self, recipe: Recipe, state: DataParallel):
         self.recipe, self.state = recipe, state
-        groups = [
-            {
-                "params": [b.weights for b in state.buckets if b.plan.decay is decay],
-                "weight_decay": recipe.weight_decay if decay else 0.0,
-            }
-            for decay in (True, False)
-        ]
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=recipe.betas, fused=True)
+        self.counters = {bucket: torch.zeros((), dtype=torch.float32, device=bucket.device) for bucket in state.buckets}
+        """Steps taken, which Adam's bias correction counts, beside each tensor as its fused kernel wants them."""
 
     def step(self, step: int, squared_norm: float, loss_scale: float = 1.0) -> tuple[float, float]:
         """Update at step `step` (from 0) with gradients that are `loss_scale` times too large; `squared_norm` is not.
@@ -31,34 +30,39 @@ class Optimizer:
         """
         norm = math.sqrt(squared_norm)
         factor = min(1.0, self.recipe.clip / norm if norm else 1.0) / loss_scale
-        if factor != 1.0:
-            self.state.scale_gradients(factor)
         rate = learning_rate(self.recipe, step)
-        for group in self.adam.param_groups:
-            group["lr"] = rate
-        self.adam.step()
+        for bucket, state in self.state.states():
+            self._update(bucket, state, bucket.update_gradients(factor), rate)
         self.state.publish()
         return norm, rate
 
-    def moments(self, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both Adam moments of the owned part of a bucket, created as zeros when no step has been taken."""
-        weights = self.state.buckets[bucket].weights
-        held = self.adam.state[weights]
-        if not held:
-            held["step"] = torch.zeros((), dtype=torch.float32, device=weights.device)
-            held["exp_avg"] = torch.zeros_like(weights)
-            held["exp_avg_sq"] = torch.zeros_like(weights)
-        return held["exp_avg"], held["exp_avg_sq"]
-
     def set_step(self, step: int) -> None:
         """After a resume: Adam's bias correction counts from here."""
-        for index, bucket in enumerate(self.state.buckets):
-            self.moments(index)
-            self.adam.state[bucket.weights]["step"].fill_(step)
+        for counter in self.counters.values():
+            counter.fill_(step)
 
     def state_bytes(self) -> int:
-        masters = sum(b.weights.nbytes for b in self.state.buckets if b.has_master)
-        return masters + sum(t.nbytes for held in self.adam.state.values() for t in held.values())
+        """Of masters, moments and counters that this rank's device holds."""
+        return sum(bucket.optimizer_bytes for bucket in self.counters) + sum(c.nbytes for c in self.counters.values())
+
+    def _update(self, bucket: FlatBucket, state: AdamState, gradients: torch.Tensor, rate: float) -> None:
+        beta1, beta2 = self.recipe.betas
+        adamw(
+            [state.weights],
+            [gradients],
+            [state.exp_avg],
+            [state.exp_avg_sq],
+            [],
+            [self.counters[bucket]],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=rate,
+            weight_decay=self.recipe.weight_decay if bucket.plan.decay else 0.0,
+            eps=EPSILON,
+            maximize=False,
+        )
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -11,6 +11,7 @@ from meshwright.models.routing import Balance
 from meshwright.schedule.actions import Schedule
 from meshwright.schedule.csv import read_schedule
 from meshwright.schedule.orders import layout_schedule
+from meshwright.spec.errors import UserError
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.layout import Layout
 from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt, refuse_unrunnable_model
@@ -61,6 +62,8 @@ class Recipe(BaseModel):
     """What MFU is measured against."""
     out: str = "runs/latest"
     """Checkpoints, packed tokens, the loss plot and the report of the run go here."""
+    offload_dir: str | None = None
+    """Where a layout with offload to files keeps them, on the machine of each rank; `offload` in `out` by default."""
     save_every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0: only at the end."""
     resume: bool = False
@@ -89,6 +92,10 @@ class Recipe(BaseModel):
         return Path(self.out)
 
     @property
+    def offload_path(self) -> Path:
+        return Path(self.offload_dir) if self.offload_dir else self.out_dir / "offload"
+
+    @property
     def log_path(self) -> Path:
         return Path(self.json_log) if self.json_log else self.out_dir / "metrics.jsonl"
 
@@ -104,10 +111,14 @@ class Recipe(BaseModel):
 
     def check(self) -> Model:
         """Raise UserError for whatever can be known to be wrong before starting. Returns the model."""
-        model = load_model(self.model)
+        model, layout = load_model(self.model), self.parsed_layout
         refuse_unrunnable_model(model)
-        check_layout(self.parsed_layout, model, self.workload)
-        refuse_unbuilt(self.parsed_layout)
+        check_layout(layout, model, self.workload)
+        refuse_unbuilt(layout)
+        if self.offload_dir is not None and not (layout.offload != "none" and layout.offload_to == "file"):
+            raise UserError(
+                f"offload_dir {self.offload_dir} would not be used: {layout} keeps nothing in files; try offload:optimizer@file"
+            )
         _ = self.schedule
         if self.balance is not None:
             self.balance.check(model)

@@ -65,7 +65,7 @@ def test_a_large_vocabulary_takes_layers_from_the_last_stage(layout: str) -> Non
 
 
 def test_even_stages_stay_where_they_are_as_good() -> None:
-    balanced = api.balance(layout="dp20:zero1 tp8:sp pp4 mb1", **PROBLEM | {"model": "llama-3-70b", "global_batch": 1280})
+    balanced = api.balance(layout="dp40:zero1 tp8:sp pp2 mb1", **PROBLEM | {"model": "llama-3-70b", "global_batch": 1280})
     assert balanced.best is balanced.even
     assert balanced.best.layout.stage_layers is None
 
