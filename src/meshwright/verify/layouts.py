@@ -1,7 +1,8 @@
 """Layouts to verify: legal, distinct, and between them every pair of modes.
 
-A mode is something that a layout does: `dp`, `zero2`, `tp:sp`, `pp:zb-v`, `cp:ring`, `ep`, `ac:full`, ... Which layouts are legal is
-asked of `spec/legality.py`, so a mode that gets built is drawn from then on.
+A mode is something that a layout does: `dp`, `zero2`, `tp:sp`, `pp:zb-v`, `cp:ring`, `ep`, `ac:mlp`, ... Which layouts are legal is
+asked of `spec/legality.py`, so a mode that gets built is drawn from then on. Dtypes are left out: in fp64 and fp32 there is none to
+choose, and narrower ones round by more than a mistake would show.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 from meshwright.schedule.orders import check_micro_batches
 from meshwright.schedule.stages import even_counts
 from meshwright.spec.errors import UserError
-from meshwright.spec.layout import DENSE_AXES, SCHEDULES, Layout
+from meshwright.spec.layout import DENSE_AXES, RECOMPUTE_PARTS, SCHEDULES, Layout
 from meshwright.spec.legality import refuse_unbuilt
 from meshwright.spec.model import Model
 from meshwright.verify.shrink import shrink
@@ -36,6 +37,21 @@ _DEGREES = ("dp", "tp", "pp", "cp")
 UNEVEN = (-1,)
 """Stands for stages that hold unequal numbers of layers, as many as the model has: see `uneven`."""
 
+
+def _built_parts() -> tuple[str, ...]:
+    """What this version can recompute by itself."""
+    out = []
+    for part in RECOMPUTE_PARTS:
+        try:
+            refuse_unbuilt(Layout(recompute="selective", recompute_parts=(part,)))
+        except UserError:
+            continue
+        out.append(part)
+    return tuple(out)
+
+
+PARTS = _built_parts()
+
 MODES: dict[str, dict[str, Any]] = {
     "dp": {"dp": 2},
     **{f"zero{stage}": {"dp": 2, "zero": stage, "zero_shard": None} for stage in (1, 2, 3)},
@@ -50,11 +66,16 @@ MODES: dict[str, dict[str, Any]] = {
     "cp:ulysses": {"cp": 2, "cp_ulysses": 2},
     "ep": {"dp": 2, "ep": 2},
     "etp": {"tp": 2, "etp": 2},
-    **{f"ac:{name}": {"recompute": name} for name in ("selective", "full")},
+    **{f"ac:{part}": {"recompute": "selective", "recompute_parts": (part,)} for part in PARTS},
+    "ac:full": {"recompute": "full"},
+    "ac:N": {"recompute_layers": 1},
+    "offload:optimizer": {"offload": "optimizer"},
+    "offload:all": {"dp": 2, "zero": 3, "offload": "all"},
+    "offload@file": {"offload_to": "file"},
     "mb": {"micro_batch": 2},
     "order": {"order": _ORDERS[1]},
 }
-"""The least that a layout needs to have a mode."""
+"""The least that a layout needs to have a mode, beside what `_completed` adds."""
 
 
 def modes(layout: Layout) -> frozenset[str]:
@@ -70,8 +91,16 @@ def modes(layout: Layout) -> frozenset[str]:
         out.add("pp:uneven")
     if layout.cp > 1:
         out.add("cp:" + ("ring" if layout.cp_ulysses == 1 else "ulysses" if layout.cp_ring == 1 else "ringxulysses"))
-    if layout.recompute != "none":
-        out.add(f"ac:{layout.recompute}")
+    if layout.recompute == "full":
+        out.add("ac:full")
+    if layout.recompute == "selective":
+        out |= {f"ac:{part}" for part in layout.recompute_parts}
+    if layout.recompute_layers is not None:
+        out.add("ac:N")
+    if layout.offload != "none":
+        out.add(f"offload:{layout.offload}")
+    if layout.offload_to == "file":
+        out.add("offload@file")
     if layout.micro_batch > 1:
         out.add("mb")
     if layout.order != DENSE_AXES:
@@ -94,14 +123,26 @@ def combined(model: Model, mode: str, other: str) -> Layout | None:
     for name, value in MODES[other].items():
         if name in _DEGREES:
             fields[name] = max(value, fields.get(name, 1))
+        elif name == "recompute_parts":
+            fields[name] = tuple(part for part in RECOMPUTE_PARTS if part in {*value, *fields.get(name, ())})
         elif fields.setdefault(name, value) != value:
             return None
-    if not any(name in fields for name in _DEGREES):
-        fields["dp"] = 2
-    if fields.get("stage_layers") == UNEVEN:
-        fields["stage_layers"] = uneven(model, fields["pp"] * fields.get("chunks", 1))
-    layout = Layout(**fields, precision="fp64")
+    layout = Layout(**_completed(model, fields), precision="fp64")
     return layout if {mode, other} <= modes(layout) else None
+
+
+def _completed(model: Model, fields: dict[str, Any]) -> dict[str, Any]:
+    """With what the fields mean nothing without: several ranks, something that is recomputed or offloaded, numbers of layers."""
+    out = dict(fields)
+    if not any(name in out for name in _DEGREES):
+        out["dp"] = 2
+    if "recompute_layers" in out:
+        out.setdefault("recompute", "full")
+    if "offload_to" in out:
+        out.setdefault("offload", "optimizer")
+    if out.get("stage_layers") == UNEVEN:
+        out["stage_layers"] = uneven(model, out["pp"] * out.get("chunks", 1))
+    return out
 
 
 def uneven(model: Model, chunks: int, generator: random.Random | None = None) -> tuple[int, ...]:
@@ -170,7 +211,7 @@ def legal_layouts(model: Model, ranks: int, seed: int) -> tuple[Layout, ...]:
 
 def _draw(model: Model, generator: random.Random, ranks: int) -> Layout | None:
     pick = generator.choice
-    fields = {axis: pick((1, 1, 2, 2, 4)) for axis in ("dp", "tp", "pp", "cp")}
+    fields: dict[str, Any] = {axis: pick((1, 1, 2, 2, 4)) for axis in _DEGREES}
     schedule = pick(SCHEDULES) if fields["pp"] > 1 else "1f1b"
     chunks = _CHUNKS.get(schedule, 1)
     zero = pick((0, 0, 1, 2, 3))
@@ -179,6 +220,7 @@ def _draw(model: Model, generator: random.Random, ranks: int) -> Layout | None:
     try:
         layout = Layout(
             **fields,
+            **_draw_memory_modes(generator, zero),
             ep=pick((1, 1, 2, 4)),
             etp=pick((1, 1, 1, 2)),
             sp=sp,
@@ -190,13 +232,27 @@ def _draw(model: Model, generator: random.Random, ranks: int) -> Layout | None:
             stage_layers=uneven(model, fields["pp"] * chunks, generator) if is_uneven else None,
             cp_ulysses=pick([u for u in (1, 2, 4) if fields["cp"] % u == 0]),
             micro_batch=pick((1, 2)),
-            recompute=pick(("none", "none", "selective", "full")),
             precision="fp64",
             order=pick((_ORDERS[0], *_ORDERS)),
         )
     except UserError:
         return None
     return layout if 1 < layout.world <= ranks else None
+
+
+def _draw_memory_modes(generator: random.Random, zero: int) -> dict[str, Any]:
+    """Recompute and offload; legal together with ZeRO stage `zero`, but for parts that exclude each other."""
+    pick = generator.choice
+    fields: dict[str, Any] = {"recompute": pick(("none", "selective", "full"))}
+    if fields["recompute"] == "selective":
+        parts = generator.sample(PARTS, generator.randint(1, len(PARTS)))
+        fields["recompute_parts"] = tuple(part for part in PARTS if part in parts)
+    if fields["recompute"] != "none":
+        fields["recompute_layers"] = pick((None, 1, 2))
+    fields["offload"] = pick(("none", "none", "optimizer", "all" if zero == 3 else "none"))
+    if fields["offload"] != "none":
+        fields["offload_to"] = pick(("cpu", "file"))
+    return fields
 
 
 def refusal(model: Model, layout: Layout) -> str | None:

@@ -1,7 +1,7 @@
 """What the parity sweep verifies: layouts dealt over models of different structure and over kinds of batches.
 
-Dense and sparse layouts cover every pair of modes on their own, and within each, every mode meets every model that can have it and
-every kind of batch.
+Dense and sparse layouts cover every pair of modes on their own, and within each, every mode meets every model that can have it,
+every kind of batch, and key-value heads that are fewer than the ranks that need them.
 """
 
 from __future__ import annotations
@@ -38,13 +38,16 @@ class Case:
 
     @property
     def features(self) -> Features:
-        """What the layout covers, and each of its modes with the model and with the batch."""
-        meetings = {(kind, name, mode) for mode in modes(self.layout) for kind, name in self._fixtures}
-        return features(self.layout) | meetings
+        """What the layout covers, and each of its modes with the model, with the batch and with shared heads."""
+        fixtures = {("model", self.model.name), ("batch", self.feed)}
+        if self.shares_heads:
+            fixtures.add(("heads", "shared"))
+        return features(self.layout) | {(*fixture, mode) for fixture in fixtures for mode in modes(self.layout)}
 
     @property
-    def _fixtures(self) -> tuple[tuple[str, str], ...]:
-        return ("model", self.model.name), ("batch", self.feed)
+    def shares_heads(self) -> bool:
+        """Whether several ranks hold the same key-value heads, because there are too few."""
+        return self.model.latent is None and self.layout.tp * self.layout.cp_ulysses > self.model.kv_heads
 
 
 @lru_cache
@@ -63,24 +66,24 @@ def _few(model: Model) -> Model:
 
 
 def draw_cases(models: tuple[Model, ...], count: int, *, ranks: int = MOST_RANKS, seed: int = 0) -> tuple[Case, ...]:
-    """A covering set, and as many more distinct cases, models and batches in turn, as make `count`; the same for the same seed. fp64.
+    """A covering set, and as many more, models and batches in turn, as make `count` distinct layouts; the same for the same seed. fp64.
 
     Raises UserError when `ranks` leaves none.
     """
     candidates = legal_cases(models, ranks, seed)
     chosen = cover(candidates, lambda case: case.features)
-    taken = set(chosen)
-    spare = (case for case in candidates if case not in taken)
-    return (*chosen, *islice(spare, max(0, count - len(chosen))))
+    taken = {case.layout for case in chosen}
+    spare = {case.layout: case for case in reversed(candidates) if case.layout not in taken}
+    return (*chosen, *islice(reversed(spare.values()), max(0, count - len(taken))))
 
 
 def sample(ranks: int = MOST_RANKS, seed: int = 0) -> tuple[Case, ...]:
     """A few cases of all models of the sweep that cover every pair of modes, every triple of axes at 8 ranks, every model with every
-    batch, and expert parallel with each."""
+    batch, expert parallel with each, and shared heads with every mode."""
 
     def wanted(case: Case) -> Features:
-        experts = {meeting for meeting in case.features if meeting[-1] == "ep"}
-        return features(case.layout) | experts | {("fixtures", case.model.name, case.feed)}
+        meetings = {feature for feature in case.features if feature[-1] == "ep" or feature[0] == "heads"}
+        return features(case.layout) | meetings | {("fixtures", case.model.name, case.feed)}
 
     return tuple(cover([case for kind in KINDS for case in legal_cases(sweep_models(kind), ranks, seed)], wanted))
 
