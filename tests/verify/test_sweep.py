@@ -123,7 +123,9 @@ def test_the_sweep_has_every_structure_that_was_promised() -> None:
         assert {model.tied for model in models} == {True, False}
         assert any(model.kv_heads < 4 for model in models), "tp4 is drawn"
         assert any(model.kv_heads == model.heads for model in models)
-        assert all(shrink(model, Layout(tp=4, precision="fp64")).model.kv_heads < 4 for model in models if model.kv_heads < 4)
+        assert all(
+            shrink(model, Layout(tp=4, precision="fp64")).model.kv_heads < 4 for model in models if model.kv_heads < 4
+        )
 
 
 @pytest.mark.parametrize("model", sweep_models("sparse"), ids=lambda model: model.name)

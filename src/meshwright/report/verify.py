@@ -79,17 +79,44 @@ def _error(value: float | None) -> str:
     return "infinite" if value is None else f"{value:.1e}"
 
 
-def matrix_markdown(matrix: dict[str, Any]) -> str:
-    """`matrix`: as `verify --matrix --json` prints it. Worst relative errors by pairs of modes, with a note for each empty cell."""
-    errors = {tuple(cell["modes"]): _error(cell["error"]) for cell in matrix["cells"]}
+def matrix_markdown(matrices: list[dict[str, Any]]) -> str:
+    """`matrices`: as `verify --matrix --json` prints them. A summary; then, of those in the first precision, worst errors by model and
+    batch and by pairs of modes, with a note for each empty cell."""
+    lines = ["| models | precision | layouts | steps | not equal | gradients | loss | gradient norm |", "|---" * 8 + "|"]
+    lines += [_summary(one) for one in matrices]
+    for one in matrices:
+        lines += [f"- not equal in {one['precision']}: `{case}`" for case in one["failed"]]
+    for one in matrices:
+        if one["precision"] == matrices[0]["precision"]:
+            lines += ["", f"## {one['title']}, {one['precision']}", "", *_fixtures(one), "", *_pairs(one)]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(matrix: dict[str, Any]) -> str:
+    errors = (_error(matrix["worst"][name]) for name in ("gradient", "loss", "grad_norm"))
+    counts = (matrix["layouts"], matrix["cases"], len(matrix["failed"]))
+    return _row(matrix["title"], matrix["precision"], *map(str, counts), *errors)
+
+
+def _fixtures(matrix: dict[str, Any]) -> list[str]:
+    cells = {(cell["model"], cell["batch"]): f"{_error(cell['error'])} ({cell['cases']})" for cell in matrix["fixtures"]}
+    batches = list(dict.fromkeys(batch for _, batch in cells))
+    models = dict.fromkeys(model for model, _ in cells)
+    rows = [_row(model, *(cells.get((model, batch), "") for batch in batches)) for model in models]
+    return [_row("model", *batches), "|---" * (len(batches) + 1) + "|", *rows]
+
+
+def _pairs(matrix: dict[str, Any]) -> list[str]:
+    """The lower half: the table is symmetric."""
+    cells = {tuple(cell["modes"]): _error(cell["error"]) for cell in matrix["cells"]}
     reasons = {tuple(cell["modes"]): cell["reason"] for cell in matrix["empty"]}
     notes = {reason: f"[{number}]" for number, reason in enumerate(dict.fromkeys(reasons.values()), start=1)}
-    modes = list(dict.fromkeys(mode for mode, _ in [*errors, *reasons]))
-    lines = [f"## {matrix['model']}, {matrix['precision']}: {matrix['layouts']} layouts", ""]
-    lines += ["| | " + " | ".join(modes) + " |", "|---" * (len(modes) + 1) + "|"]
-    for mode in modes:
-        row = [errors.get((mode, other)) or f"- {notes[reasons[mode, other]]}" for other in modes]
-        lines.append(f"| **{mode}** | " + " | ".join(row) + " |")
-    lines += ["", *(f"- {note} {reason}" for reason, note in notes.items())] if notes else []
-    lines += ["", *(f"- not equal: `{layout}`" for layout in matrix["failed"])] if matrix["failed"] else []
-    return "\n".join(lines) + "\n"
+    cells |= {pair: notes[reason] for pair, reason in reasons.items()}
+    modes = matrix["modes"]
+    rows = [_row(f"**{mode}**", *(cells.get((mode, other), "") for other in modes)) for mode in modes]
+    legend = [f"- {note} {reason}" for reason, note in notes.items()]
+    return [_row("", *modes), "|---" * (len(modes) + 1) + "|", *rows, "", *legend]
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from meshwright.parallel.ranks import RankError, RankPool
-from meshwright.spec.layout import Layout
+from meshwright.spec.layout import Layout, Precision
 from meshwright.spec.model import Model
 from meshwright.spec.parameters import count_parameters
 from meshwright.verify.difference import Difference, first_difference, relative_error, wrong_axes
@@ -18,7 +18,7 @@ from meshwright.verify.feed import Feed, check_feed
 from meshwright.verify.ranks import Report, Sabotage, Step, run_step
 from meshwright.verify.shrink import shrink
 
-TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
+TOLERANCE: dict[Precision, float] = {"fp64": 1e-9, "fp32": 1e-5}
 """Largest relative error; never to be relaxed."""
 
 TIMEOUT = 600.0

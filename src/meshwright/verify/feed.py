@@ -33,10 +33,11 @@ def feeds(model: Model) -> tuple[Feed, ...]:
     return FEEDS if model.experts is not None else tuple(feed for feed in FEEDS if feed != "hot")
 
 
-def check_feed(feed: str, model: Model) -> None:
-    """Raise UserError for a kind that is none, or that needs experts which `model` does not have."""
+def check_feed(feed: str, model: Model) -> Feed:
+    """`feed`. Raises UserError for a kind that is none, or that needs experts which `model` does not have."""
     if feed not in feeds(model):
         raise choices(feed, feeds(model), f"batch of {model.name}")
+    return feed  # type: ignore[return-value]
 
 
 def initial_weight(model: Model, shard: Shard, feed: Feed = "packed") -> Tensor:

@@ -189,8 +189,8 @@ def uncovered(layouts: Iterable[Layout], candidates: Iterable[Layout]) -> set[tu
 
 @lru_cache(maxsize=16)
 def legal_layouts(model: Model, ranks: int, seed: int) -> tuple[Layout, ...]:
-    """Distinct layouts of at most `ranks` ranks, in fp64, that the shrunk model can run: random ones, and for every pair of modes the smallest
-    that combines them, so that none is missed by chance."""
+    """Distinct layouts of at most `ranks` ranks, in fp64, that the shrunk model can run: random ones, and for every pair of modes
+    the smallest that combines them, so that none is missed by chance."""
     generator = random.Random(seed)
     out: dict[Layout, None] = {}
     for _ in range(20 * CANDIDATES):
