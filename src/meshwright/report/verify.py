@@ -21,6 +21,19 @@ _MEANING = {
 }
 
 
+_PRODUCTS = ("q", "k", "v", "qkv", "out", "gate", "up", "gate_up", "down", "q_down", "q_up", "kv_down", "kv_up", "head")
+_KINDS = {
+    **dict.fromkeys(_PRODUCTS, "the product"),
+    **dict.fromkeys(("norm", "attention_norm", "mlp_norm"), "the norm"),
+    "embedding": "the",
+    "router": "the router",
+    "dispatch": "the routed experts",
+    "moe": "the sum of experts",
+    "input": "what arrives at",
+    "output": "what comes back to",
+}
+
+
 def verification_report(result: dict[str, Any]) -> Group:
     """`result`: as `verify --json` prints it."""
     shrunk = result["shrunk"]
@@ -56,11 +69,25 @@ def _verdict(result: dict[str, Any]) -> str:
             f"to {worst:.0e} ({result['tolerance']:.0e} allowed)"
         )
     difference = result["first_difference"]
-    where = _MEANING[difference["phase"]].format(difference["operator"], _error(difference["error"]))
+    where = _MEANING[difference["phase"]].format(_operator(difference["operator"]), _error(difference["error"]))
+    if difference["cause"] is not None:
+        where += f": {difference['cause']}"
+    if difference["phase"] in ("forward", "backward"):
+        where += f"\nsent in it: {', '.join(difference['sent']) or 'nothing'}"
     axes = difference["axes"]
     fault = f"axes at fault: {', '.join(axes)}" if axes else "no axis is at fault: it goes wrong on one rank as well"
     worst = f"{result['worst_parameter']}, off by {_error(result['max_relative_error'])}"
     return f"not equal ({result['tolerance']:.0e} allowed): {where}\n{fault}\nworst gradient: {worst}"
+
+
+def _operator(path: str) -> str:
+    """What it is, and its path: the product layers.0.attention.out."""
+    last = path.rpartition(".")[2]
+    if "attention.core" in path:
+        return f"the attention {path}"
+    if path.startswith("layers.") and path.count(".") == 1:
+        return f"the layer {path}, where the residual stream is summed up,"
+    return f"{_KINDS.get(last, 'the')} {path}".strip()
 
 
 def _worst(parameters: dict[str, float | None]) -> list[str]:

@@ -13,8 +13,9 @@ from meshwright.parallel.ranks import RankError, RankPool
 from meshwright.spec.layout import Layout, Precision
 from meshwright.spec.model import Model
 from meshwright.spec.parameters import count_parameters
-from meshwright.verify.difference import Difference, first_difference, relative_error, wrong_axes
+from meshwright.verify.difference import Difference, first_difference, wrong_axes
 from meshwright.verify.feed import Feed, check_feed
+from meshwright.verify.held import held_gradients
 from meshwright.verify.ranks import Report, Sabotage, Step, run_step
 from meshwright.verify.shrink import shrink
 
@@ -92,9 +93,7 @@ class Verification:
             "loss_error": _finite(self.loss_error),
             "grad_norm": _finite(self.grad_norm),
             "grad_norm_error": _finite(self.grad_norm_error),
-            "first_difference": None
-            if difference is None
-            else asdict(difference) | {"error": _finite(difference.error), "axes": list(difference.axes)},
+            "first_difference": None if difference is None else asdict(difference) | {"error": _finite(difference.error)},
             "parameters": {name: _finite(error) for name, error in self.errors.items()},
             "collectives": [dict(zip(names, row, strict=True)) for row in self.collectives],
         }
@@ -138,7 +137,9 @@ class Verifier:
 
     def _explain(self, result: Verification) -> Difference:
         watched = replace(result.step, watched=True)
-        found = first_difference(watched, *self.run(watched), result.errors, result.tolerance)
+        found = first_difference(watched, *self.run(watched), result.tolerance)
+        if found is None and result.max_relative_error > result.tolerance:
+            found = Difference("parameter", result.worst_parameter, torch.inf, "no rank holds all of it")
         if found is None:  # the figures alone are wrong: how they are summed over ranks
             figures = {"loss": result.loss_error, "gradient norm": result.grad_norm_error}
             name = max(figures, key=figures.__getitem__)
@@ -153,22 +154,12 @@ class Verifier:
 
 
 def _errors(model: Model, reference: Report, reports: Sequence[Report]) -> dict[str, float]:
-    """The worst of all ranks, by parameter; infinite where no rank holds some part of a gradient.
-
-    A key bias without rotary positions shifts all scores of a query alike: its gradient is zero and what is computed is
-    rounding, so the query bias of the same layer sets the scale.
-    """
-    whole = {shard.name: gradient for shard, gradient in reference.gradients}
-    seen = {name: torch.zeros(gradient.shape, dtype=torch.bool) for name, gradient in whole.items()}
-    errors = dict.fromkeys(whole, 0.0)
-    for report in reports:
-        for shard, gradient in report.gradients:
-            at = shard.name
-            if model.rope is None and at.endswith("qkv.k.bias"):
-                at = at.replace("qkv.k", "qkv.q")
-            error = relative_error(gradient, shard.of(whole[shard.name]), whole[at])
-            errors[shard.name] = max(errors[shard.name], error)
-            shard.of(seen[shard.name]).fill_(True)
+    """The worst of all ranks, by parameter; infinite where no rank holds some part of a gradient."""
+    seen = {shard.name: torch.zeros(gradient.shape, dtype=torch.bool) for shard, gradient in reference.gradients}
+    errors = dict.fromkeys(seen, 0.0)
+    for shard, value in held_gradients(model, reference, reports):
+        errors[shard.name] = max(errors[shard.name], value.error)
+        shard.of(seen[shard.name]).fill_(True)
     return {name: error if bool(seen[name].all()) else torch.inf for name, error in errors.items()}
 
 

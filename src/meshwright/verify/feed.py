@@ -37,7 +37,7 @@ def check_feed(feed: str, model: Model) -> Feed:
     """`feed`. Raises UserError for a kind that is none, or that needs experts which `model` does not have."""
     if feed not in feeds(model):
         raise choices(feed, feeds(model), f"batch of {model.name}")
-    return feed  # type: ignore[return-value]
+    return feed
 
 
 def initial_weight(model: Model, shard: Shard, feed: Feed = "packed") -> Tensor:

@@ -71,7 +71,7 @@ def run_step(step: Step, sabotage: Sabotage | None = None) -> Report:
     with sabotage() if sabotage is not None else nullcontext():
         mesh = build_mesh(layout, model, torch.device("cpu"))
         engine = apply(model, workload, mesh, lambda shard: shard.of(initial_weight(model, shard, feed)))
-        record = watch(engine.chunks) if step.watched else None
+        record = watch(engine.chunks, mesh.ledger) if step.watched else None
         data = rank_batch(model, workload, layout, mesh["dp"].index, feed)
         loss, squared = engine.forward_backward(data).tolist()
         sent = [(*astuple(entry), count, nbytes) for entry, count, nbytes in mesh.ledger.rows()]

@@ -91,7 +91,7 @@ def _precision(name: str | None) -> Precision:
             f"precision {name}: verify tells a mistake from rounding in {' or '.join(TOLERANCE)}: leave it out of the layout, or "
             "override it with --precision fp64"
         )
-    return name or "fp64"  # type: ignore[return-value]
+    return name or "fp64"
 
 
 def _model(name: str) -> Model:

@@ -1,18 +1,22 @@
-"""Records what goes between the operators of a rank: what each gives in forward, and what it hands back in backward.
+"""Records what goes between the operators of a rank: what each gives in forward, what it hands back in backward, and what it sends.
 
-The gradient of an operator's input is what its own backward computed, so the first wrong one names the operator at fault.
+The gradient of an operator's input is what its own backward computed, so the first wrong one names the operator at fault. What goes
+into a layer, and the gradient of what comes out of it, are kept too: where they are wrong and the layers on both sides are right, what
+went wrong is the way between stages.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from meshwright.models.decoder import Decoder
+from meshwright.models.decoder import Decoder, Layer
 from meshwright.models.moe import Routing
+from meshwright.parallel.ledger import Entry, Ledger
 
 Place = tuple[str, int]
 """(operator, micro-batch of this rank)."""
@@ -34,21 +38,24 @@ wrong in them shows in what they read from."""
 @dataclass
 class Record:
     """`outputs`: of operators in forward. `gradients`: of the inputs of operators, from backward. In the order of execution, with the
-    features last: a token's heads side by side."""
+    features last: a token's heads side by side. `sent`: by ("forward" or "backward", operator), what was sent in it in the last
+    micro-batch, as "all_reduce over tp"; in backward, since the gradient before."""
 
     outputs: dict[Place, Any] = field(default_factory=dict)
     gradients: dict[Place, Any] = field(default_factory=dict)
+    sent: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
 
     def map(self, function: Callable[[Any], Any]) -> Record:
         """With each tensor replaced by `function(tensor)`."""
-        return Record(*({at: function(value) for at, value in part.items()} for part in (self.outputs, self.gradients)))
+        tensors = ({at: function(value) for at, value in part.items()} for part in (self.outputs, self.gradients))
+        return Record(*tensors, self.sent)
 
 
-def watch(chunks: Sequence[Decoder]) -> Record:
-    """Install hooks that fill the record that is returned, during the next step."""
-    record = Record()
+def watch(chunks: Sequence[Decoder], ledger: Ledger) -> Record:
+    """Install hooks that fill the record that is returned, during the next step. `ledger`: counts what this rank sends."""
+    record, last = Record(), Counter(ledger.count)
     for chunk in chunks:
-        _ChunkWatch(chunk, record)
+        _ChunkWatch(chunk, record, ledger, last)
     return record
 
 
@@ -75,8 +82,11 @@ class _ChunkWatch:
     """A chunk runs forward once for each micro-batch, in order. Modules that run while it does not are recomputed, and say nothing
     new."""
 
-    def __init__(self, chunk: Decoder, record: Record):
-        self.record, self.micro_batch, self.is_running = record, -1, False
+    def __init__(self, chunk: Decoder, record: Record, ledger: Ledger, last: Counter[Entry]):
+        """`last`: what had been sent when the last gradient was kept, of all chunks of the rank."""
+        self.record, self.ledger, self.last = record, ledger, last
+        self.micro_batch, self.is_running = -1, False
+        self.before: dict[str, Counter[Entry]] = {}
         chunk.register_forward_pre_hook(self._begin)
         chunk.register_forward_hook(self._end)
         for name, module in operators(chunk):
@@ -92,26 +102,43 @@ class _ChunkWatch:
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            if self.is_running and not name.endswith(SILENT):
+            if not self.is_running:
+                return
+            self.before[name] = Counter(self.ledger.count)
+            if isinstance(module, Layer):
+                self._keep_output(f"{name}.input", name, given[0])
+            if not name.endswith(SILENT):
                 for at, value in _inputs(name, given):
-                    if value.requires_grad:
-                        value.register_hook(self._keeper(name, (at, self.micro_batch)))
+                    self._keep_gradient(name, at, value)
 
         return hook
-
-    def _keeper(self, name: str, place: Place) -> Callable[[Tensor], None]:
-        def keep(gradient: Tensor) -> None:
-            self.record.gradients[place] = _features_last(name, gradient).clone()
-
-        return keep
 
     def _leaving(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: Any, output: Any) -> None:
-            if self.is_running:
-                for at, value in _outputs(name, module, output):
-                    self.record.outputs[at, self.micro_batch] = _features_last(name, value.detach()).clone()
+            if not self.is_running:
+                return
+            for at, value in _outputs(name, module, output):
+                self._keep_output(at, name, value)
+            if isinstance(module, Layer):
+                self._keep_gradient(name, f"{name}.output", output)
 
         return hook
+
+    def _keep_output(self, at: str, name: str, value: Tensor) -> None:
+        self.record.outputs[at, self.micro_batch] = _features_last(name, value.detach()).clone()
+        self.record.sent["forward", at] = _since(self.before[name], self.ledger.count)
+
+    def _keep_gradient(self, name: str, at: str, value: Tensor) -> None:
+        place = (at, self.micro_batch)
+
+        def keep(gradient: Tensor) -> None:
+            self.record.gradients[place] = _features_last(name, gradient).clone()
+            self.record.sent["backward", at] = _since(self.last, self.ledger.count)
+            self.last.clear()
+            self.last.update(self.ledger.count)
+
+        if value.requires_grad:
+            value.register_hook(keep)
 
 
 def _inputs(name: str, given: tuple[Tensor, ...]) -> Iterator[tuple[str, Tensor]]:
@@ -133,3 +160,7 @@ def _outputs(name: str, module: nn.Module, output: Any) -> Iterator[tuple[str, T
 def _features_last(name: str, value: Tensor) -> Tensor:
     """x_BHLC of attention as x_BLF."""
     return value.transpose(1, 2).flatten(2) if name.endswith(".core") else value
+
+
+def _since(before: Counter[Entry], now: Counter[Entry]) -> tuple[str, ...]:
+    return tuple(f"{entry.op} over {entry.axis}" for entry in sorted(now - before))
