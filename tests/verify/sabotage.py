@@ -9,6 +9,7 @@ from unittest.mock import patch
 from torch import Tensor
 
 from meshwright.parallel import data, pipeline, tensor
+from meshwright.schedule.actions import Action, Kind
 
 
 @contextmanager
@@ -47,4 +48,18 @@ def labels_of_another_micro_batch() -> Iterator[None]:
         return run(self, given, scale)
 
     with patch.object(pipeline.Pipeline, "run", shifted):
+        yield
+
+
+@contextmanager
+def doubled_gradients_between_stages() -> Iterator[None]:
+    """Of the hidden states, as they arrive."""
+    arrive = pipeline._Step._arrive
+
+    def doubled(self: pipeline._Step, receive: Action) -> None:
+        arrive(self, receive)
+        if receive.kind is Kind.RECV_BACKWARD:
+            self.gradients[receive.micro_batch, receive.chunk].mul_(2)
+
+    with patch.object(pipeline._Step, "_arrive", doubled):
         yield

@@ -1,32 +1,37 @@
 """The parity sweep: layouts that cover every pair of modes, over models and batches that make something uneven.
 
 Left out, as they are not equal by design: dropping over capacity and expert choice, where a sequence is spread over ranks
-(`tests/parallel/test_expert.py` holds that they are refused there, and equal elsewhere), and fp16, bf16 and fp8, whose rounding is far above what a
-mistake would show (`tests/train/test_scaler.py`).
+(`tests/parallel/test_expert.py` holds that they are refused there, and equal elsewhere); and fp16, bf16 and fp8, whose rounding is
+far above what a mistake would show (`tests/train/test_scaler.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement
+from math import inf
+from pathlib import Path
 
 import pytest
+from sabotage import no_sum_of_row_parallel
 from sweep_workers import rows_of_experts
 
+from meshwright.report.verify import matrix_markdown
 from meshwright.spec.errors import UserError
 from meshwright.spec.huggingface import load_model
-from meshwright.spec.layout import Layout, Precision
+from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
 from meshwright.testing import pool, run_distributed
+from meshwright.verify import matrix
 from meshwright.verify.check import Verifier
 from meshwright.verify.feed import feeds, global_batch
 from meshwright.verify.layouts import MODES, combined, cover, features, modes, refusal, uncovered, uneven
+from meshwright.verify.matrix import EXCLUDED, Matrix, Outcome, parity_matrix, verify_case
 from meshwright.verify.shrink import shrink
 from meshwright.verify.sweep import KINDS, Case, Kind, draw_cases, legal_cases, sample, sweep_models
 
-CASES = 170
-"""Of each kind, dense and sparse, in each precision; a covering set in any case."""
+LAYOUTS = 180
+"""Of each kind, dense and sparse, in each precision, under `make parity`."""
 
 
 @lru_cache
@@ -34,31 +39,63 @@ def verifier(model: Model) -> Verifier:
     return Verifier(model, pool())
 
 
-def parity_cases() -> list[object]:
-    """In CI a sample that covers every pair; under `make parity` all, in both precisions."""
-    out = [pytest.param(case, "fp64", id=f"{case}") for case in sample()]
-    for kind in KINDS:
-        for case in draw_cases(sweep_models(kind), CASES):
-            for precision in ("fp64", "fp32"):
-                name = f"{case.model.name}, {case.feed}, {replace(case.layout, precision=precision)}"
-                out.append(pytest.param(case, precision, id=name, marks=pytest.mark.parity))
-    return out
-
-
-@pytest.mark.parametrize(("case", "precision"), parity_cases())
-def test_parity(case: Case, precision: Precision) -> None:
-    result = verifier(case.model).verify(replace(case.layout, precision=precision), case.feed, explain=False)
+@pytest.mark.parametrize("case", sample(), ids=str)
+def test_parity(case: Case) -> None:
+    """A sample of what `make parity` runs, that covers every pair of modes."""
+    result = verifier(case.model).verify(case.layout, case.feed, explain=False)
     assert result.ok, f"{result.worst_parameter}: {result.max_relative_error:.1e}; loss {result.loss_error:.1e}"
+
+
+# --- the matrix
+
+
+def test_the_matrix_has_a_cell_or_a_reason_for_every_pair_and_an_error_for_every_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(matrix, "verify_case", lambda verifier, case, precision: Outcome(case, 1e-15, 0.0, 0.0, True))
+    models = (load_model("qwen3-8b"),)
+    found = parity_matrix("qwen3-8b", models, pool(), lambda *_: None, count=0, ranks=2, precision="fp64").as_dict()
+    assert found["ok"]
+    assert {tuple(cell["modes"]) for cell in found["cells"] + found["empty"]} == {
+        (later, mode) for mode, later in combinations_with_replacement(found["modes"], 2)
+    }
+    reasons = {frozenset(cell["modes"]): cell["reason"] for cell in found["empty"]}
+    assert reasons[frozenset(("zero1", "zero2"))] == EXCLUDED
+    assert reasons[frozenset(("dp", "tp"))] == "takes 4 ranks or more"
+    assert reasons[frozenset(("ac:core", "cp:ring"))].startswith("ac:selective: recompute of the core")
+    assert [cell["batch"] for cell in found["fixtures"]] == sorted(feeds(models[0]))
+
+
+def test_fp32_rounds_to_more_than_fp64_does_and_to_less_than_is_allowed() -> None:
+    case = Case(load_model("llama-3-8b"), Layout(tp=2, precision="fp64"), "packed")
+    assert 1e-9 < verify_case(verifier(case.model), case, "fp32").worst <= 1e-5
+
+
+def test_a_layout_that_is_wrong_or_breaks_down_is_listed() -> None:
+    case = Case(load_model("llama-3-8b"), Layout(tp=2, precision="fp64"), "packed")
+    wrong = verify_case(Verifier(case.model, pool(), no_sum_of_row_parallel), case, "fp64")
+    assert (wrong.ok, wrong.gradient > 1e-3) == (False, True)
+    both = Matrix("one", "fp64", (wrong, Outcome(case, inf, inf, inf, False)), {})
+    text = matrix_markdown([both.as_dict()])
+    assert not both.ok
+    assert text.count(f"- not equal in fp64: `{case}`") == 2
+    assert "| one | fp64 | 1 | 2 | 2 | infinite | infinite | infinite |" in text
 
 
 # --- what the sweep covers
 
 
+def test_the_sweep_has_as_many_distinct_layouts_as_make_parity_says() -> None:
+    drawn = {kind: {case.layout for case in draw_cases(sweep_models(kind), LAYOUTS)} for kind in KINDS}
+    assert all(len(layouts) == LAYOUTS for layouts in drawn.values())
+    assert len(drawn["dense"] | drawn["sparse"]) >= 320
+    assert f"verify --matrix --count {LAYOUTS}" in (Path(__file__).parents[2] / "Makefile").read_text()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_sweep_covers_pairs_triples_models_and_batches(kind: Kind) -> None:
     models = sweep_models(kind)
-    drawn = draw_cases(models, CASES)
-    assert len({(case.model, case.layout) for case in drawn}) == len(drawn) >= CASES
+    drawn = draw_cases(models, LAYOUTS)
     legal = legal_cases(models, 8, 0)
     assert uncovered((case.layout for case in drawn), (case.layout for case in legal)) == set()
     covered = frozenset().union(*(case.features for case in drawn))
@@ -70,6 +107,9 @@ def test_the_sweep_covers_pairs_triples_models_and_batches(kind: Kind) -> None:
         able = {mode for case in legal if case.model == model for mode in modes(case.layout)}
         assert able >= {"dp", "tp:sp", "cp:ring", "pp:uneven"}
         assert {("model", model.name, mode) for mode in able} <= covered
+    shared = {mode for case in legal if case.shares_heads for mode in modes(case.layout)}
+    assert shared >= {"tp:async", "cp:ulysses", "zero3", "pp:zb-v"}
+    assert {("heads", "shared", mode) for mode in shared} <= covered
     for feed in feeds(models[0]):
         assert {("batch", feed, mode) for case in legal for mode in modes(case.layout)} <= covered
 
@@ -92,7 +132,7 @@ def test_a_pair_that_no_layout_combines_is_refused_for_a_reason() -> None:
             layout = combined(model, *pair)
         except UserError:
             layout = None
-        assert (pair in covered) == (layout is not None and refusal(model, layout) is None), pair
+        assert (pair in covered) == (layout is not None and layout.world <= 8 and refusal(model, layout) is None), pair
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 from sabotage import (
+    doubled_gradients_between_stages,
     labels_of_another_micro_batch,
     no_gradient_reduction,
     no_sum_of_row_parallel,
@@ -74,23 +76,64 @@ def test_bad_input_is_one_line(
 # --- what is wrong is found
 
 
+class Found(NamedTuple):
+    """What a Difference says, but for the size of the error."""
+
+    phase: str
+    operator: str
+    cause: str | None
+    sent: tuple[str, ...]
+    axes: tuple[str, ...]
+
+
+MISSING_DP, MISSING_TP = (f"it would be right summed over {axis}: that sum is missing" for axis in ("dp", "tp"))
+
+
 @pytest.mark.parametrize(
-    ("model", "layout", "broken", "phase", "operator", "axis"),
+    ("model", "layout", "broken", "expected"),
     [
-        ("llama-3-8b", "dp2 tp2 fp64", no_gradient_reduction, "parameter", "embedding.tokens.weight", "dp"),
-        ("llama-3-8b", "tp2 pp2 fp64", no_sum_of_row_parallel, "forward", "layers.0.attention.out", "tp"),
-        ("deepseek-v3", "dp2 tp2 fp64", no_sum_of_shared_latents, "backward", "layers.3.attention.q_down", "tp"),
-        ("llama-3-8b", "dp2 pp2 fp64", labels_of_another_micro_batch, "backward", "head", "pp"),
+        (
+            "llama-3-8b",
+            "dp2 tp2 fp64",
+            no_gradient_reduction,
+            Found("parameter", "head.weight", MISSING_DP, (), ("dp",)),
+        ),
+        (
+            "llama-3-8b",
+            "tp2 pp2 fp64",
+            no_sum_of_row_parallel,
+            Found("forward", "layers.0.attention.out", MISSING_TP, (), ("tp",)),
+        ),
+        (
+            "deepseek-v3",
+            "dp2 tp2 fp64",
+            no_sum_of_shared_latents,
+            Found("backward", "layers.3.attention.q_down", MISSING_TP, (), ("tp",)),
+        ),
+        (
+            "llama-3-8b",
+            "dp2 pp2 fp64",
+            labels_of_another_micro_batch,
+            Found("backward", "head", None, ("send over pp",), ("pp",)),
+        ),
+        (
+            "llama-3-8b",
+            "tp2 pp2 fp64",
+            doubled_gradients_between_stages,
+            Found("backward", "layers.0.output", "it is 2 times what it should be, on every rank", (), ("pp",)),
+        ),
     ],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_what_is_wrong_is_found_at_its_operator_and_axis(
-    model: str, layout: str, broken: Sabotage, phase: str, operator: str, axis: str
+    model: str, layout: str, broken: Sabotage, expected: Found
 ) -> None:
     result = Verifier(load_model(model), pool(), broken).verify(parse_layout(layout))
+    found = result.first_difference
     assert not result.ok
-    assert result.first_difference is not None
-    assert (result.first_difference.phase, result.first_difference.operator) == (phase, operator)
-    assert result.first_difference.axes == (axis,)
+    assert found is not None
+    assert Found(found.phase, found.operator, found.cause, found.sent, found.axes) == expected
+    assert found.error > 1e-3
 
 
 WATCHED = [

@@ -13,24 +13,14 @@ from meshwright.report.units import size
 WORST = 5
 """Parameters shown."""
 
-_MEANING = {
-    "forward": "the output of {} is off by {}",
-    "backward": "forward agrees, then backward through {} is off by {}",
-    "parameter": "what goes between operators agrees, the gradient of {} is off by {}",
-    "figure": "all gradients agree, the {} is off by {}",
-}
-
-
 _PRODUCTS = ("q", "k", "v", "qkv", "out", "gate", "up", "gate_up", "down", "q_down", "q_up", "kv_down", "kv_up", "head")
 _KINDS = {
-    **dict.fromkeys(_PRODUCTS, "the product"),
-    **dict.fromkeys(("norm", "attention_norm", "mlp_norm"), "the norm"),
-    "embedding": "the",
-    "router": "the router",
-    "dispatch": "the routed experts",
-    "moe": "the sum of experts",
-    "input": "what arrives at",
-    "output": "what comes back to",
+    **dict.fromkeys(_PRODUCTS, "product"),
+    **dict.fromkeys(("norm", "attention_norm", "mlp_norm"), "norm"),
+    "embedding": "embedding",
+    "router": "router",
+    "dispatch": "routed experts",
+    "moe": "sum of experts",
 }
 
 
@@ -69,25 +59,44 @@ def _verdict(result: dict[str, Any]) -> str:
             f"to {worst:.0e} ({result['tolerance']:.0e} allowed)"
         )
     difference = result["first_difference"]
-    where = _MEANING[difference["phase"]].format(_operator(difference["operator"]), _error(difference["error"]))
+    where = f"{_where(difference)} is off by {_error(difference['error'])}"
     if difference["cause"] is not None:
         where += f": {difference['cause']}"
-    if difference["phase"] in ("forward", "backward"):
-        where += f"\nsent in it: {', '.join(difference['sent']) or 'nothing'}"
     axes = difference["axes"]
     fault = f"axes at fault: {', '.join(axes)}" if axes else "no axis is at fault: it goes wrong on one rank as well"
     worst = f"{result['worst_parameter']}, off by {_error(result['max_relative_error'])}"
-    return f"not equal ({result['tolerance']:.0e} allowed): {where}\n{fault}\nworst gradient: {worst}"
+    return f"not equal ({result['tolerance']:.0e} allowed): {where}{_sent(difference)}\n{fault}\nworst gradient: {worst}"
+
+
+def _where(difference: dict[str, Any]) -> str:
+    phase, operator = difference["phase"], difference["operator"]
+    layer, _, end = operator.rpartition(".")
+    if phase == "figure":
+        return f"all gradients agree, the {operator}"
+    if phase == "parameter":
+        return f"what goes between operators agrees, the gradient of {operator}"
+    if phase == "forward":
+        return f"what arrives at {layer}" if end == "input" else f"the output of {_operator(operator)}"
+    if end == "output":
+        return f"forward agrees, then the gradient that comes back to {layer}"
+    return f"forward agrees, then the gradient that {_operator(operator)} hands back"
 
 
 def _operator(path: str) -> str:
     """What it is, and its path: the product layers.0.attention.out."""
-    last = path.rpartition(".")[2]
     if "attention.core" in path:
         return f"the attention {path}"
     if path.startswith("layers.") and path.count(".") == 1:
-        return f"the layer {path}, where the residual stream is summed up,"
-    return f"{_KINDS.get(last, 'the')} {path}".strip()
+        return f"the residual sum of {path}"
+    return f"the {_KINDS[path.rpartition('.')[2]]} {path}"
+
+
+def _sent(difference: dict[str, Any]) -> str:
+    """Of what an operator did itself: what travels between stages was sent by another rank, long before."""
+    if difference["phase"] not in ("forward", "backward") or difference["operator"].endswith((".input", ".output")):
+        return ""
+    since = "in it" if difference["phase"] == "forward" else "since the operator before"
+    return f"\nsent {since}: {', '.join(difference['sent']) or 'nothing'}"
 
 
 def _worst(parameters: dict[str, float | None]) -> list[str]:

@@ -42,7 +42,7 @@ class Verification:
     grad_norm: float
     expected_grad_norm: float
     errors: dict[str, float]
-    """By parameter, in the order of the model."""
+    """By parameter, those of the last layer first."""
     collectives: tuple[tuple[str, str, int, int, int], ...]
     """(axis, operation, group size, calls, bytes) of all ranks together."""
     first_difference: Difference | None = None
