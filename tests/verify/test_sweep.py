@@ -77,6 +77,7 @@ def test_a_layout_that_is_wrong_or_breaks_down_is_listed() -> None:
     assert (wrong.ok, wrong.gradient > 1e-3) == (False, True)
     both = Matrix("one", "fp64", (wrong, Outcome(case, inf, inf, inf, False)), {})
     text = matrix_markdown([both.as_dict()])
+    assert text.startswith("# Parity, mode by mode\n")
     assert not both.ok
     assert text.count(f"- not equal in fp64: `{case}`") == 2
     assert "| one | fp64 | 1 | 2 | 2 | infinite | infinite | infinite |" in text

@@ -136,7 +136,7 @@ def matrix_markdown(matrices: list[dict[str, Any]]) -> str:
     """`matrices`: as `verify --matrix --json` prints them. A summary; then, of those in the first precision, worst errors by model and
     batch and by pairs of modes, with a note for each empty cell."""
     lines = [
-        *_HEADER,
+        _HEADER,
         "| models | precision | layouts | steps | not equal | gradients | loss | gradient norm |",
         "|---" * 8 + "|",
     ]
