@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import product
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_no_layout_is_below_its_bound(problem: tuple[str, str, int, int, int, st
     random = Random(0)
     for bounds in closed.price(np.arange(len(space.local))):
         i = random.randrange(len(bounds.at))
-        layout = space.layout(int(bounds.at[i]), bounds.pipeline, bounds.sharding)
+        layout = space.layout(int(bounds.at[i]), bounds.pipeline, space.shardings[bounds.sharding[i]])
         played = estimator.played(layout)
         assert bounds.seconds[i] <= played.step_time_s * (1 + 1e-9), layout
         assert bounds.bytes[i] <= played.peak_bytes * (1 + 1e-9), layout
@@ -231,8 +232,8 @@ def test_layouts_that_fit_by_the_closed_form_alone_are_no_answer(monkeypatch: py
     """What was thought to fit and does not, once its buckets are planned, is passed over; if nothing is left, that is said."""
     bound = ClosedForm.price
 
-    def optimistic(self: ClosedForm, at: Ints, *, plain: bool = False) -> Iterator[Bounds]:
-        return (replace(b, bytes=np.zeros_like(b.bytes)) for b in bound(self, at, plain=plain))
+    def optimistic(self: ClosedForm, at: Ints, **given: Any) -> Iterator[Bounds]:
+        return (replace(b, bytes=np.zeros_like(b.bytes)) for b in bound(self, at, **given))
 
     monkeypatch.setattr(ClosedForm, "price", optimistic)
     found = api.plan(model="llama-3-405b", cluster="h100-superpod", gpus=8, seq=4096, global_batch=8)

@@ -16,6 +16,17 @@ WIRE_FACTOR = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 """Times (n-1)/n of the bytes: what a ring puts through each link (nccl-tests, doc/PERFORMANCE.md)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Seconds of a collective as a function of its bytes: of the quickest of `lines` (seconds, seconds a byte), at least `floor`."""
+
+    lines: tuple[tuple[float, float], ...]
+    floor: float = 0.0
+
+    def seconds(self, nbytes: int) -> float:
+        return max(self.floor, min(latency + slope * nbytes for latency, slope in self.lines))
+
+
 @dataclass(frozen=True)
 class CollectiveTimes:
     """Prices collectives on `cluster`."""
@@ -24,57 +35,61 @@ class CollectiveTimes:
     constants: CollectiveConstants
     single_ring: bool = False
     """Of data-parallel groups: see `Practice.single_ring`."""
-    _priced: dict[Collective, float] = field(default_factory=dict, repr=False, compare=False)
+    _curves: dict[tuple[str, str, int, int], Curve | None] = field(default_factory=dict, repr=False, compare=False)
 
     def seconds(self, c: Collective) -> float:
-        if c not in self._priced:
-            measured = self._measured(c)
-            self._priced[c] = self._formula(c) if measured is None else measured
-        return self._priced[c]
+        """Of one call."""
+        curve = self.curve(c)
+        return curve.seconds(c.bytes) if curve else self._measured(c)
 
-    def _formula(self, c: Collective) -> float:
+    def curve(self, c: Collective) -> Curve | None:
+        """Of collectives like `c` whatever their bytes; None where they are interpolated between measurements."""
+        key = (c.axis, c.op, c.group_size, c.stride)
+        if key not in self._curves:
+            self._curves[key] = None if self._points_of(c) else self._formula(c)
+        return self._curves[key]
+
+    def _formula(self, c: Collective) -> Curve:
         constants = self.constants.link(self.cluster, self.link(c))
         if c.op == "send":
-            return constants.p2p_latency + c.bytes / (constants.p2p_share * self._line_rate(c))
+            return Curve(((constants.p2p_latency, 1 / (constants.p2p_share * self._line_rate(c))),))
+        floor = constants.floors.get(c.op, 0.0)
         if c.op == "all_to_all":
-            return max(constants.floors.get(c.op, 0.0), self._all_to_all(c))
-        wire = (WIRE_FACTOR[c.op] * (c.group_size - 1) + constants.copy_share) / c.group_size * c.bytes
+            return Curve(self._all_to_all(c), floor)
         steps, rate = WIRE_FACTOR[c.op] * (c.group_size - 1), self._ring_rate(c)
-        quickest = self._quickest(c, constants.protocols, steps, wire, rate)
+        wire = (steps + constants.copy_share) / c.group_size
+        lines = self._protocols(c, constants.protocols, steps, wire / rate)
         if c.op == "all_reduce" and constants.in_switch and self.cluster.accelerator.scale_up.sums_in_switch:
-            base, gain = (
-                constants.in_switch.base_latency * self._latency_share(c),
-                constants.in_switch.gain_of(c.group_size),
-            )
-            quickest = min(quickest, base + wire / (gain * rate)) if gain > 1 else quickest
-        return max(constants.floors.get(c.op, 0.0), quickest)
+            base, gain = constants.in_switch.base_latency, constants.in_switch.gain_of(c.group_size)
+            if gain > 1:
+                lines = (*lines, (base * self._latency_share(c), wire / (gain * rate)))
+        return Curve(lines, floor)
 
-    def _quickest(
-        self, c: Collective, protocols: Mapping[str, RingProtocol], steps: float, wire: float, rate: float
-    ) -> float:
-        """Of the protocols: their steps in turn, each at the latency of the link, and the bytes at their share of `rate`."""
+    def _protocols(
+        self, c: Collective, protocols: Mapping[str, RingProtocol], steps: float, slope: float
+    ) -> tuple[tuple[float, float], ...]:
+        """Of each protocol: its steps in turn, each at the latency of the link, and the bytes at their share of the rate."""
         share = self._latency_share(c)
-        return min(
-            share * (p.base_latency + steps * p.hop_latency) + wire / (p.bandwidth_share * rate) for p in protocols.values()
+        return tuple(
+            (share * (p.base_latency + steps * p.hop_latency), slope / p.bandwidth_share) for p in protocols.values()
         )
 
     def _latency_share(self, c: Collective) -> float:
         return self.cluster.accelerator.scale_up.latency_share if self.link(c) == "scale-up" else 1.0
 
-    def _all_to_all(self, c: Collective) -> float:
+    def _all_to_all(self, c: Collective) -> tuple[tuple[float, float], ...]:
         """Each rank sends the members of its own domain their parts over scale-up links, and all others theirs through its own share
         of the NICs, both at once (fabric.md 1.4)."""
         links, together = self.cluster.accelerator.scale_up, self._members(c)
         constants = self.constants.scale_up[links.kind]
         if together == c.group_size and constants.exchange:
-            wire = (c.group_size - 1 + constants.copy_share) / c.group_size * c.bytes
-            return self._quickest(c, constants.exchange, c.group_size - 1, wire, self._ring_rate(c))
-        inside = constants.plateau_share * links.bandwidth
-        seconds = c.bytes * (together - 1) / c.group_size / inside
+            slope = (c.group_size - 1 + constants.copy_share) / c.group_size / self._ring_rate(c)
+            return self._protocols(c, constants.exchange, c.group_size - 1, slope)
+        inside = (together - 1) / c.group_size / (constants.plateau_share * links.bandwidth)
         if together == c.group_size:
-            return seconds
+            return ((0.0, inside),)
         outside = self.constants.network.plateau_share * self._line_rate(c)
-        return max(seconds, c.bytes * (c.group_size - together) / c.group_size / outside)
+        return ((0.0, max(inside, (c.group_size - together) / c.group_size / outside)),)
 
     def link(self, c: Collective) -> LinkTier:
         # A send joins neighbours only: it crosses the network where the stride leaves the domain.
@@ -133,10 +148,12 @@ class CollectiveTimes:
     def _is_single(self, c: Collective) -> bool:
         return self.single_ring and c.axis in ("dp", "edp")
 
-    def _measured(self, c: Collective) -> float | None:
-        by_size = self._points.get(("p2p" if c.op == "send" else c.op, self.link(c)))
-        if not by_size:
-            return None
+    def _points_of(self, c: Collective) -> dict[int, dict[int, float]] | None:
+        return self._points.get(("p2p" if c.op == "send" else c.op, self.link(c)))
+
+    def _measured(self, c: Collective) -> float:
+        by_size = self._points_of(c)
+        assert by_size
         at = sorted((ranks, _at(sorted(series.items()), c.bytes)) for ranks, series in by_size.items())
         if c.op == "send":
             return at[0][1]

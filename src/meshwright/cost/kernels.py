@@ -27,9 +27,24 @@ class Kernels:
     active: int
     practice: Practice = OWN
     constants: KernelConstants = field(default_factory=load_kernel_constants)
+    _priced: dict[Gemm | Attention, float] = field(default_factory=dict, repr=False, compare=False)
+    """Layers and layouts repeat their products."""
 
     def gemm(self, op: Gemm) -> float:
         """A product's roofline, with the tiles that it is cut into where the accelerator's processors are known."""
+        seconds = self._priced.get(op)
+        if seconds is None:
+            seconds = self._priced[op] = self._gemm(op)
+        return seconds
+
+    def attention(self, op: Attention) -> float:
+        """Fused or not, as the practice has it."""
+        seconds = self._priced.get(op)
+        if seconds is None:
+            seconds = self._priced[op] = self._attention(op)
+        return seconds
+
+    def _gemm(self, op: Gemm) -> float:
         products = self._products(op)
         size = STATE_BYTES[self.precision].parameter
         moved = size * (op.m * op.k + op.groups * op.k * op.n + op.m * op.n) / self.memory_bandwidth
@@ -53,7 +68,7 @@ class Kernels:
         size = STATE_BYTES[self.precision].parameter
         return (size + 2) * op.m * op.k / self.memory_bandwidth
 
-    def attention(self, op: Attention) -> float:
+    def _attention(self, op: Attention) -> float:
         measured = self._measured_attention[op.backward]
         if measured:
             forward = op.flops * (2 / 5 if op.backward else 1)
@@ -90,11 +105,11 @@ class Kernels:
         checkpoint = self.constants.checkpoint if recomputed and self.practice.whole_recompute else 0.0
         return checkpoint + self.constants.dispatch * sum(self._launches(op) for op in ops)
 
-    @property
+    @cached_property
     def _gap(self) -> float:
         return self.constants.gap if self._hosted else 0.0
 
-    @property
+    @cached_property
     def _hosted(self) -> bool:
         """Whether the accelerator is apart from a host that starts its kernels: their gaps are in measured rates already, and a CPU
         has none."""

@@ -277,7 +277,25 @@ def gated_mlp(s: Shapes, name: str, ffn: int) -> Part:
 
 
 def experts(s: Shapes, experts: Experts) -> Part:
-    """Router, dispatch, the experts' products on balanced rows, combine, and the shared expert (`parallel/expert.py`)."""
+    """The routed experts, their outputs brought back to every rank of tp, and the shared expert (`parallel/expert.py`)."""
+    parts, shared = routed(s, experts), shared_expert(s, experts)
+    outputs = expert_outputs(s)
+    forward = (*parts.forward, *outputs, *shared.forward)
+    return Part(forward, (*shared.backward, *parts.backward, *outputs), parts.saved + shared.saved)
+
+
+def shared_expert(s: Shapes, experts: Experts) -> Part:
+    """The expert that every token goes to, if there is one."""
+    return gated_mlp(s, "moe.shared", experts.shared_ffn // s.layout.tp) if experts.shared_ffn else Part((), (), 0)
+
+
+def expert_outputs(s: Shapes) -> list[Collective]:
+    """Each rank of tp brings its own tokens to the experts; without sequence parallel all of them need all outputs."""
+    return s.tp("all_gather", s.T * s.model.hidden * s.q) if not s.layout.sp else []
+
+
+def routed(s: Shapes, experts: Experts) -> Part:
+    """Router, dispatch, the experts' products on balanced rows, combine. Of the layout it sees u, ep and etp only."""
     model, layout, D = s.model, s.layout, s.model.hidden
     ranks = layout.ep * layout.etp
     rows, held, ffn = s.u * experts.top_k * layout.etp, experts.count // layout.ep, experts.ffn // layout.etp
@@ -294,19 +312,14 @@ def experts(s: Shapes, experts: Experts) -> Part:
     permute = Elementwise("permute", 4 * rows * D * s.q)
     up_back = [back for part in parts for back in _grouped_backward(f"moe.experts.{part}", rows, ffn, D, held)]
     down_back = _grouped_backward("moe.experts.down", rows, D, ffn, held)
-    outputs = s.tp("all_gather", s.T * D * s.q) if not layout.sp else []
-    shared = gated_mlp(s, "moe.shared", experts.shared_ffn // layout.tp) if experts.shared_ffn else Part((), (), 0)
     forward = (
-        *router.forward, *all_to_all(experts.count * layout.etp * 8), permute, *travel, *up, io, down, *travel, permute, *outputs,
-        *shared.forward,
+        *router.forward, *all_to_all(experts.count * layout.etp * 8), permute, *travel, *up, io, down, *travel, permute,
     )  # fmt: skip
     backward = (
-        *shared.backward, permute, *travel, *down_back, Elementwise("activation", 1.5 * io.bytes), *up_back, *travel, permute,
-        *router.backward, *outputs,
+        permute, *travel, *down_back, Elementwise("activation", 1.5 * io.bytes), *up_back, *travel, permute, *router.backward,
     )  # fmt: skip
     hidden = (4 if model.gated else 2) * ffn * rows * s.q
-    saved = hidden + 2 * rows * D * s.q + s.u * experts.count * 4 + shared.saved
-    return Part(forward, backward, saved)
+    return Part(forward, backward, hidden + 2 * rows * D * s.q + s.u * experts.count * 4)
 
 
 def _grouped_backward(name: str, rows: int, width: int, inner: int, groups: int) -> tuple[Gemm, Gemm]:

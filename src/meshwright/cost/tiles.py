@@ -8,7 +8,6 @@ and it may also cut the inner dimension ("split-K") when there are too few tiles
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 from meshwright.cost.ops import Gemm
 from meshwright.spec.kernels import KernelConstants
@@ -19,31 +18,15 @@ SUM_BYTES = 8
 
 def product_seconds(op: Gemm, rate: float, processors: int, memory_rate: float, constants: KernelConstants) -> float:
     """Of the quickest tiling. `rate`: FLOP/s of a product that fills all `processors`; `memory_rate`: bytes/s."""
-    shape = op.m // op.groups, op.n, op.k, op.groups
-    return _quickest(
-        shape, rate / processors, processors, memory_rate, constants.tiles, constants.tile_fill, constants.least_split
-    )
-
-
-@lru_cache(maxsize=65536)
-def _quickest(
-    shape: tuple[int, int, int, int],
-    each: float,
-    processors: int,
-    memory_rate: float,
-    kinds: tuple[tuple[int, int, float], ...],
-    fill: float,
-    least: int,
-) -> float:
-    """`shape`: rows of a group, columns, inner elements, groups; `each`: FLOP/s of a processor. Layers repeat their products."""
-    m, n, k, groups = shape
+    groups = min(op.m, op.groups)  # with fewer rows than groups, the others have nothing to do
+    m, n, k = op.m // groups, op.n, op.k
     best = float("inf")
-    for rows, columns, share in kinds:
+    for rows, columns, share in constants.tiles:
         tiles = groups * -(-m // rows) * -(-n // columns)
+        each = 2.0 * rows * columns * processors / (rate * share)
         for cut in _cuts(tiles, processors):
-            waves = -(-tiles * cut // processors)
-            depth = (max(k / cut, least) if cut > 1 else k) + fill
-            seconds = waves * 2.0 * rows * columns * depth / (each * share)
+            depth = (max(k / cut, constants.least_split) if cut > 1 else k) + constants.tile_fill
+            seconds = -(-tiles * cut // processors) * each * depth
             if cut > 1:
                 seconds += cut * groups * m * n * SUM_BYTES / memory_rate
             best = min(best, seconds)

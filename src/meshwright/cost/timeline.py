@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from meshwright.schedule.actions import Action, Kind, Schedule
-from meshwright.schedule.clock import Turn, Waits, run_clock, source_of
+from meshwright.schedule.clock import Waits, run_clock, source_of, wind_clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +43,29 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    turns: tuple[Turn, ...]
-    stages: int
+    """`seconds[stage][chunk]` of one micro-batch. Its spans are made when they are asked for."""
+
+    schedule: Schedule
+    seconds: Sequence[Sequence[ChunkSeconds]]
+    send: float
+    wound: Sequence[Waits]
+    end: float
+
+    @property
+    def stages(self) -> int:
+        return self.schedule.stages
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
-        return tuple(Span(t.stage, t.action.kind, t.action.micro_batch, t.action.chunk, t.start, t.end) for t in self.turns)
-
-    @cached_property
-    def end(self) -> float:
-        return max(turn.end for turn in self.turns)
+        each = _by_kind(self.seconds)
+        turns = run_clock(
+            self.schedule, lambda stage, action: each[stage][action.chunk][action.kind], self.send, self.wound
+        )
+        return tuple(Span(t.stage, t.action.kind, t.action.micro_batch, t.action.chunk, t.start, t.end) for t in turns)
 
     def busy(self, stage: int) -> float:
         """Seconds in which the stage computes."""
-        return self._busy[stage]
-
-    @cached_property
-    def _busy(self) -> list[float]:
-        out = [0.0] * self.stages
-        for stage, _, start, end in self.turns:
-            out[stage] += end - start
-        return out
+        return self.schedule.micro_batches * sum(chunk.forward + chunk.backward for chunk in self.seconds[stage])
 
     def idle(self, stage: int) -> float:
         """Seconds in which the stage waits between its first computation and its last.
@@ -85,18 +87,18 @@ def play(
     send: float,
     wound: Sequence[Waits] | None = None,
 ) -> Timeline:
-    """`seconds[stage][chunk]` of one micro-batch; `send` seconds from a stage to another.
+    """`seconds[stage][chunk]` of one micro-batch; `send` seconds from a stage to another; `wound`: what `wind_clock` makes of the
+    schedule, if it is at hand.
 
     Sends do not hold up the sender; a computation waits for the arrival of its input. What a stage hands over to itself is there
     at once.
     """
-    each = _by_kind(seconds)
-    turns = run_clock(schedule, lambda stage, action: each[stage][action.chunk][action.kind], send, wound)
-    return Timeline(tuple(turns), schedule.stages)
+    wound = wound or wind_clock(schedule)
+    return Timeline(schedule, seconds, send, wound, play_end(wound, seconds, send))
 
 
 def play_end(turns: Sequence[Waits], seconds: Sequence[Sequence[ChunkSeconds]], send: float) -> float:
-    """When the last computation of a wound schedule ends: `Timeline.end` without the timeline."""
+    """When the last computation of a wound schedule ends."""
     each = _by_kind(seconds)
     clock, ends = [0.0] * len(seconds), list[float]()
     for stage, action, source, travels in turns:

@@ -7,9 +7,11 @@ step found is cut: it cannot hold the optimum.
 
 from __future__ import annotations
 
+import gc
 import heapq
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -28,14 +30,14 @@ from meshwright.spec.legality import check_layout, check_room, refuse_unpriced
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
-FIRST_BLOCK = 4096
-"""Combinations that get their tighter bounds at once; each further block is twice as large."""
+FIRST_BLOCK = 256
+"""Combinations that get their tighter bounds at once; each further block is eight times as large."""
 PLAYED, CLOSE = 48, 5e-3
 """Once so many layouts have been played, one that by its bound could be quicker by no more than this share is not played."""
 MOST_PLAYED, SMALL_SPACE = 256, 4096
 """Layouts played at most, in spaces that have more than so many. What the bounds still leave in doubt is the answer's `gap`."""
-PER_KIND, MOST_PER_KIND = 2048, 8192
-"""Combinations of each obvious kind that are looked at together, and in all."""
+MOST_PER_KIND = 4096
+"""Combinations of each obvious kind that are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,19 @@ def plan(
 
     `progress` is called with the number of layouts priced so far. Raises UserError when no layout is legal at all.
     """
+    with _uncollected():
+        return _plan(model, cluster, workload, gpus, top, precision, progress)
+
+
+def _plan(
+    model: Model,
+    cluster: Cluster,
+    workload: Workload,
+    gpus: int,
+    top: int,
+    precision: Precision,
+    progress: Callable[[int], None] | None,
+) -> Plan:
     began = time.perf_counter()
     refuse_unpriced(precision)
     check_layout(Layout(), model, workload)  # what one rank cannot run, no split can
@@ -118,6 +133,19 @@ def plan(
     return search.answer(best, (best, *runners_up), tuple(others), began)
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector of cycles: a search makes very many small objects and keeps them, and going through them again and
+    again takes a quarter of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def legal_layouts(space: Space) -> Iterator[Layout]:
     """Every layout of the space, once: for small ones."""
     for at in range(len(space.local)):
@@ -137,8 +165,6 @@ class _Search:
         self.priced = self.fitting = 0
         self.gap = 0.0
         self.bounds: list[Bounds] = []
-        self.seen = np.zeros(len(space.local), dtype=bool)
-        """Combinations that `bounds` has."""
 
     def run(self, top: int) -> None:
         """Play layouts in the order of their bounds until none can be quicker than the best, and at least `top` have been."""
@@ -152,9 +178,11 @@ class _Search:
         while True:
             enough = best * (1 - CLOSE) if len(self.played) >= PLAYED and fit >= top and not small else best
             unseen = float(least[order[start]]) if start < len(order) else float("inf")
-            if unseen < min(queue.least, enough):
+            # The first to be played need not be the first of all: once a step is known, most others need no bound of their own.
+            known = best < float("inf") or queue.least == float("inf")
+            if unseen < min(queue.least, enough) and known:
                 queue.add(*self._block(order[start : start + block], enough))
-                start, block = start + block, 2 * block
+                start, block = start + block, 8 * block
                 continue
             if queue.least == float("inf") or len(self.played) >= most or (queue.least >= enough and fit >= top):
                 self.gap = max(0.0, 1 - min(queue.least, unseen) / best) if best < float("inf") else 0.0
@@ -171,25 +199,49 @@ class _Search:
 
     def nearest(self) -> Estimate:
         """What needs least memory, where nothing fits."""
-        best: Estimate | None = None
-        for bounds in self.closed.price(np.arange(len(self.space.local))):
-            at = int(np.argmin(bounds.bytes))
-            if best is None or bounds.bytes[at] < best.peak_bytes:
-                e = self.estimator.estimate(self.space.layout(int(bounds.at[at]), bounds.pipeline, bounds.sharding))
-                if best is None or e.peak_bytes < best.peak_bytes:
-                    best = e
+        every = _Flat(self.space, list(self.closed.price(np.arange(len(self.space.local)))))
+        best, least = None, float("inf")
+        for row in np.argsort(every.bytes, kind="stable")[:MOST_PLAYED].tolist():
+            if every.bytes[row] >= least:
+                break
+            layout = every.layout(row)
+            peak = self.estimator.played(layout).peak_bytes
+            if peak < least:
+                best, least = layout, peak
         assert best is not None
-        return best
+        return self.estimator.estimate(best)
 
     def alternatives(self, best: Layout) -> Iterator[tuple[str, Estimate]]:
-        """The best of each obvious kind (those that fit first), unless the best of all is of that kind itself."""
+        """The best of each obvious kind (the quickest that fits, by its bound; else what needs least memory), unless the best of all
+        is of that kind itself."""
         seen = {best}
-        for name, kind in kinds_of(self.estimator.cluster.fabric.domain):
-            if not kind.holds(best):
-                found = self._best_of(kind)
-                if found is not None and found.layout not in seen:
-                    seen.add(found.layout)
-                    yield name, found
+        kinds = [(name, kind) for name, kind in kinds_of(self.estimator.cluster.fabric.domain) if not kind.holds(best)]
+        for (name, _), found in zip(kinds, self._best_of([kind for _, kind in kinds]), strict=True):
+            if found.layout is not None and found.layout not in seen:
+                seen.add(found.layout)
+                yield name, self.estimator.estimate(found.layout)
+
+    def _best_of(self, kinds: list[Kind]) -> list[_Found]:
+        """First of those already priced and of the most promising of each kind; then of all that may still be quicker."""
+        least, limit = self.closed.least_seconds, self.limit
+        of_kinds = [kind.columns(self.space.columns) for kind in kinds]
+        orders = []
+        for of_kind in of_kinds:
+            its = np.flatnonzero(of_kind)
+            orders.append(its[np.argsort(least[its], kind="stable")[:MOST_PER_KIND]])
+        first = np.unique(np.concatenate([[], *(order[:FIRST_BLOCK] for order in orders)]).astype(np.int64))
+        flat = _Flat(self.space, [*self.bounds, *self.closed.price(first, plain=True)])
+        found = [flat.least_of(kind, of_kind, limit) for kind, of_kind in zip(kinds, of_kinds, strict=True)]
+        below = np.zeros(len(least))
+        for one, order in zip(found, orders, strict=True):
+            quicker = order[least[order] < one.seconds]
+            below[quicker] = np.maximum(below[quicker], one.seconds)
+        below[first] = 0.0
+        rest = np.flatnonzero(below)
+        flat = _Flat(self.space, list(self.closed.price(rest, below=below[rest], plain=True)))
+        return [
+            one.or_(flat.least_of(kind, of_kind, limit)) for one, kind, of_kind in zip(found, kinds, of_kinds, strict=True)
+        ]
 
     def answer(
         self,
@@ -203,9 +255,8 @@ class _Search:
 
     def _block(self, at: Ints, best: float) -> tuple[Floats, Ints, Ints]:
         """What of the combinations `at` fits and may be quicker than `best`: its bound, the number of its `Bounds`, its index there."""
-        self.seen[at] = True
         seconds, numbers, indices = [np.empty(0)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for bounds in self.closed.price(np.sort(at)):
+        for bounds in self.closed.price(np.sort(at), below=best):
             fits = bounds.bytes <= self.limit
             self.priced += len(fits)
             self.fitting += int(fits.sum())
@@ -223,48 +274,59 @@ class _Search:
             self.played[layout] = self.estimator.played(layout)
         return self.played[layout]
 
-    def _best_of(self, kind: Kind) -> Estimate | None:
-        """The quickest that fits, by the bounds, of those already priced and of others of the kind as far as they may be quicker; if
-        none does, what needs least memory."""
-        of_kind = kind.columns(self.space.columns)
-        fit, smallest = self._least_of(kind, of_kind, self.bounds)
-        its = np.flatnonzero(of_kind & ~self.seen)
-        least = self.closed.least_seconds[its]
-        order = np.argsort(least, kind="stable")
-        for start in range(0, min(len(its), MOST_PER_KIND), PER_KIND):
-            if fit and least[order[start]] >= fit[0]:
-                break
-            some = np.sort(its[order[start : start + PER_KIND]])
-            more, need = self._least_of(kind, of_kind, self.closed.price(some, plain=True))
-            fit = min(filter(None, (fit, more)), key=lambda row: row[0], default=None)
-            smallest = min(filter(None, (smallest, need)), key=lambda row: row[0], default=None)
-        chosen = fit or smallest
-        return self.estimator.estimate(chosen[1]) if chosen else None
-
-    def _least_of(
-        self, kind: Kind, of_kind: Bools, every: Iterable[Bounds]
-    ) -> tuple[tuple[float, Layout] | None, tuple[float, Layout] | None]:
-        """Of the members of `kind`, the quickest that fits, with its bound, and what needs the fewest bytes."""
-        fit: tuple[float, Layout] | None = None
-        smallest: tuple[float, Layout] | None = None
-        for bounds in every:
-            if not kind.leaf(bounds.pipeline.schedule, bounds.sharding.zero):
-                continue
-            its = np.flatnonzero(of_kind[bounds.at])
-            if not len(its):
-                continue
-            bytes_, seconds = bounds.bytes[its], bounds.seconds[its]
-            need = int(np.argmin(bytes_))
-            if smallest is None or bytes_[need] < smallest[0]:
-                smallest = float(bytes_[need]), self._layout(bounds, int(its[need]))
-            if bytes_[need] <= self.limit:
-                quick = int(np.argmin(np.where(bytes_ <= self.limit, seconds, np.inf)))
-                if not fit or seconds[quick] < fit[0]:
-                    fit = float(seconds[quick]), self._layout(bounds, int(its[quick]))
-        return fit, smallest
-
     def _layout(self, bounds: Bounds, index: int) -> Layout:
-        return self.space.layout(int(bounds.at[index]), bounds.pipeline, bounds.sharding)
+        return _layout(self.space, bounds, index)
+
+
+def _layout(space: Space, bounds: Bounds, index: int) -> Layout:
+    return space.layout(int(bounds.at[index]), bounds.pipeline, space.shardings[bounds.sharding[index]])
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The quickest that fits, by its bound, else what needs the fewest bytes."""
+
+    seconds: float = float("inf")
+    bytes: float = float("inf")
+    """Of what does not fit."""
+    layout: Layout | None = None
+
+    def or_(self, other: _Found) -> _Found:
+        return min(self, other, key=lambda found: (found.seconds, found.bytes))
+
+
+class _Flat:
+    """Many bounds in one row."""
+
+    def __init__(self, space: Space, every: Sequence[Bounds]):
+        self.space, self.every = space, every
+        self.seconds, self.bytes = (
+            np.concatenate([[], *(getattr(b, name) for b in every)]) for name in ("seconds", "bytes")
+        )
+        self.at, self.sharding = (
+            np.concatenate([np.empty(0, np.int64), *(getattr(b, name) for b in every)]) for name in ("at", "sharding")
+        )
+        self.first = np.cumsum([0, *(len(b.at) for b in every)])
+        self.number = np.repeat(np.arange(len(every)), np.diff(self.first))
+
+    def layout(self, row: int) -> Layout:
+        number = self.number[row]
+        return _layout(self.space, self.every[number], int(row - self.first[number]))
+
+    def least_of(self, kind: Kind, of_kind: Bools, limit: float) -> _Found:
+        """Of the members of `kind`."""
+        zeros = [sharding.zero for sharding in self.space.shardings]
+        leaf = [[kind.leaf(b.pipeline.schedule, zero) for zero in zeros] for b in self.every]
+        its = np.flatnonzero(of_kind[self.at])
+        its = its[np.array(leaf, dtype=bool).reshape(-1, len(zeros))[self.number[its], self.sharding[its]]]
+        if not len(its):
+            return _Found()
+        fits = its[self.bytes[its] <= limit]
+        if len(fits):
+            row = int(fits[np.argmin(self.seconds[fits])])
+            return _Found(float(self.seconds[row]), 0.0, self.layout(row))
+        row = int(its[np.argmin(self.bytes[its])])
+        return _Found(bytes=float(self.bytes[row]), layout=self.layout(row))
 
 
 class _Queue:

@@ -159,13 +159,17 @@ class Space:
 
     def size(self) -> int:
         """Layouts."""
-        every = np.arange(len(self.local))
-        shardings = sum(self.can_shard(sharding, every).astype(np.int64) for sharding in self.shardings)
-        pipelines = np.zeros(len(every), dtype=np.int64)
+        # What can be sharded and run depends on these alone; local choices and experts repeat them.
+        columns, keys = self.columns, np.zeros(len(self.local), dtype=np.int64)
+        for axis in (self.pp, columns.tp, columns.cp, columns.micro_batch):
+            keys = keys * (int(axis.max(initial=0)) + 1) + axis
+        _, alike, times = np.unique(keys, return_index=True, return_counts=True)
+        shardings = np.sum([self.can_shard(sharding, alike) for sharding in self.shardings], axis=0)
+        pipelines = np.zeros(len(alike), dtype=np.int64)
         for pp in np.unique(self.pp).tolist():
-            its = every[self.pp == pp]
-            pipelines[its] = sum(self.runs(pipeline, its).astype(np.int64) for pipeline in self.pipelines(pp))
-        return int((pipelines * shardings).sum())
+            its = np.flatnonzero(self.pp[alike] == pp)
+            pipelines[its] = np.sum([self.runs(pipeline, alike[its]) for pipeline in self.pipelines(pp)], axis=0)
+        return int((pipelines * shardings * times).sum())
 
     def layout(self, at: int, pipeline: Pipeline, sharding: Sharding) -> Layout:
         local, (ep, etp) = self.locals[self.local[at]], self.experts[self.expert[at]]

@@ -4,19 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from meshwright.cost.estimate import Durations, Estimator
-from meshwright.cost.ops import PART, Piece
-from meshwright.cost.pieces import Part, Shapes, embedding_piece, experts, gated_mlp, head_piece, layer_piece
+from meshwright.cost.estimate import Estimator
+from meshwright.cost.ops import PART, Collective, Piece
+from meshwright.cost.pieces import (
+    Part,
+    Shapes,
+    embedding_piece,
+    expert_outputs,
+    gated_mlp,
+    head_piece,
+    layer_piece,
+    routed,
+    shared_expert,
+)
 from meshwright.planner.space import Floats, Ints, Local, Space
 from meshwright.spec.layout import Layout
 from meshwright.spec.shards import Seat, Shard, Split, chunk_shards
 
-FIGURES = ("forward", "backward", "weight", "saved", "working", "crowded")
-"""Seconds of one micro-batch forward, backward, and of the weight gradients in it; bytes kept, and of the largest temporary; seconds
-of both passes while every rank of the node computes."""
+K = TypeVar("K")
+
+
+class Figures(NamedTuple):
+    """Of a layer, of the embedding or of the head, for one micro-batch."""
+
+    forward: float
+    """Seconds."""
+    backward: float
+    weight: float
+    """Of the backward, what makes the weight gradients."""
+    crowded: float
+    """Seconds of both passes while every rank of the node computes."""
+    saved: float = 0.0
+    """Bytes kept for backward."""
+    working: float = 0.0
+    """Bytes of the largest temporary."""
+
 
 Kind = tuple[int | None, bool]
 """(attention window, whether the layer has experts)."""
@@ -51,90 +77,111 @@ class Tables:
 
 
 def make_tables(space: Space, estimator: Estimator) -> Tables:
-    """Prices of every combination. The prices of experts do not depend on how attention is cut, nor those of attention on how
-    experts are: each is asked apart, and a layer with experts costs what one without costs, and the difference."""
-    model = space.model
+    """Prices of every combination. What is recomputed adds to a layer that recomputes nothing; the prices of experts do not depend
+    on how attention is cut, nor those of attention on how experts are: each is asked once, and added up."""
+    model, seq = space.model, space.workload.seq
     layers = [(model.window(i), model.is_moe(i)) for i in range(model.layers)]
     kinds = tuple(dict.fromkeys(layers))
-    local = {name: np.empty((len(kinds) + 2, len(space.locals))) for name in FIGURES}
+    figures: list[list[Figures]] = []
     boundary = np.empty(len(space.locals))
-    ends: dict[tuple[int, bool, int, int], list[dict[str, float]]] = {}
+    ends: dict[tuple[int, bool, int, int], list[Figures]] = {}
+    plain: dict[Local, list[Figures]] = {}
     for at, one in enumerate(space.locals):
-        layout, seq = one.layout(space.gpus, space.precision), space.workload.seq
-        rows = [_figures(estimator, layer_piece(model, layout, seq, window), layout) for window, _ in kinds]
+        layout, bare = one.layout(space.gpus, space.precision), replace(one, recompute="none")
+        pieces = [layer_piece(model, layout, seq, window) for window, _ in kinds]
+        if one == bare:
+            plain[one] = [_figures(estimator, piece, layout) for piece in pieces]
+            rows = plain[one]
+        else:
+            rows = [_recomputed(estimator, piece, layout, row) for piece, row in zip(pieces, plain[bare], strict=True)]
         key = (one.tp, one.sp, one.cp, one.micro_batch)  # attention and what is recomputed change neither end of the model
         if key not in ends:
-            pieces = (embedding_piece(model, layout, seq), head_piece(model, layout, seq, 0))
-            ends[key] = [_figures(estimator, piece, layout) for piece in pieces]
-        for row, figures in enumerate((*rows, *ends[key])):
-            for name, value in figures.items():
-                local[name][row, at] = value
+            both = embedding_piece(model, layout, seq), head_piece(model, layout, seq, 0)
+            ends[key] = [_figures(estimator, piece, layout) for piece in both]
+        figures.append([*rows, *ends[key]])
         boundary[at] = Shapes(model, layout, seq).residual_bytes
-    whole = {name: table[:, space.local] for name, table in local.items()}
+    every = np.array(figures).transpose(2, 1, 0)[:, :, space.local]
+    whole = dict(zip(Figures._fields, every, strict=True))
     if model.experts is not None:
         _add_experts(space, estimator, kinds, whole)
     return Tables(kinds, whole, boundary[space.local], *_shards(space, kinds))
 
 
+def _figures(estimator: Estimator, piece: Piece, layout: Layout) -> Figures:
+    piece = replace(piece, name=PART)
+    alone, crowded = estimator.durations(((piece, 1),), layout, shared=False), 0.0
+    if estimator.cluster.node.compute_slots is not None:
+        busy = estimator.durations(((piece, 1),), layout, shared=True)
+        crowded = busy.forward + busy.backward
+    return Figures(alone.forward, alone.backward, alone.weight, crowded, piece.saved_bytes, piece.working_bytes)
+
+
+def _recomputed(estimator: Estimator, piece: Piece, layout: Layout, plain: Figures) -> Figures:
+    """Of a layer that runs some of its forward again, from those of the same layer that does not."""
+    again = _figures(estimator, Piece(PART, piece.recomputed, (), 0), layout)
+    return Figures(
+        plain.forward,
+        plain.backward + again.forward,
+        plain.weight,
+        plain.crowded + again.crowded,
+        piece.saved_bytes,
+        piece.working_bytes,
+    )
+
+
 def _add_experts(space: Space, estimator: Estimator, kinds: Sequence[Kind], whole: dict[str, Floats]) -> None:
     """Add to the kinds with experts what these cost more than a plain MLP, for as many tokens on a rank."""
     model, seq = space.model, space.workload.seq
-    rows = [row for row, (_, moe) in enumerate(kinds) if moe]
+    assert model.experts is not None
+    shape = model.experts
 
-    def extra(key: tuple[int, int, bool], expert: int) -> Floats:
-        tokens, tp, sp = key
-        layout = Local(tp, sp, 1, 1, 1, "none").layout(space.gpus, space.precision, *space.experts[expert])
-        shapes = Shapes(model, layout, tokens)
-        assert model.experts is not None
-        with_, without = (
-            _part_figures(estimator, part, layout)
-            for part in (experts(shapes, model.experts), gated_mlp(shapes, "mlp", model.ffn // tp))
-        )
-        more: Floats = with_ - without
-        more[-1] = with_[-1] - without[0]
+    def beside(tokens: int, tp: int, sp: bool) -> Floats:
+        """What else changes where an MLP gives way to experts."""
+        layout = Local(tp, sp, 1, 1, 1, "none").layout(space.gpus, space.precision)
+        shapes, sent = Shapes(model, layout, tokens), tuple(expert_outputs(Shapes(model, layout, tokens)))
+        shared, mlp = shared_expert(shapes, shape), gated_mlp(shapes, "mlp", model.ffn // tp)
+        outputs = Part(sent, sent, 0)
+        figures = [_part_figures(estimator, part, layout) for part in (shared, outputs, mlp)]
+        more: Floats = figures[0] + figures[1] - figures[2]
+        more[-1] = figures[0][-1] - figures[2][0]
         return more
 
-    keys = [(x.micro_batch * seq // x.cp, x.tp, x.sp) for x in space.locals]
-    ids = {key: at for at, key in enumerate(dict.fromkeys(keys))}
-    of_local = np.array([ids[key] for key in keys], dtype=np.int64)
-    unique, which = np.unique(of_local[space.local] * len(space.experts) + space.expert, return_inverse=True)
-    named = list(ids)
-    pairs = [divmod(u, len(space.experts)) for u in unique.tolist()]
-    values = np.array([extra(named[key], expert) for key, expert in pairs])
-    forward, backward, weight, saved, crowded, again = values[which].T
+    def each(u: int, expert: int) -> Floats:
+        layout = Local(1, False, 1, 1, 1, "none").layout(space.gpus, space.precision, *space.experts[expert])
+        return _part_figures(estimator, routed(Shapes(model, layout, u), shape), layout)
+
+    tokens = [x.micro_batch * seq // x.cp for x in space.locals]
+    others, other = _numbered([(T, x.tp, x.sp) for T, x in zip(tokens, space.locals, strict=True)])
+    sizes, size = _numbered([T // x.tp for T, x in zip(tokens, space.locals, strict=True)])
+    pairs, which = np.unique(size[space.local] * len(space.experts) + space.expert, return_inverse=True)
+    values = np.array(
+        [each(sizes[at], expert) for at, expert in (divmod(pair, len(space.experts)) for pair in pairs.tolist())]
+    )
+    more = values.T[:, which] + np.array([beside(*key) for key in others]).T[:, other[space.local]]
+    forward, backward, weight, crowded, saved, again = more
     full = np.array([x.recompute == "full" for x in space.locals])[space.local]
-    for row in rows:
+    for row in [row for row, (_, moe) in enumerate(kinds) if moe]:
         whole["forward"][row] += forward
         whole["backward"][row] += backward + full * again
         whole["weight"][row] += weight
+        whole["crowded"][row] += crowded
         whole["saved"][row] += ~full * saved
         whole["working"][row] += full * saved
-        whole["crowded"][row] += crowded
+
+
+def _numbered(keys: Sequence[K]) -> tuple[list[K], Ints]:
+    """The different keys in order, and which of them each one is."""
+    ids = {key: at for at, key in enumerate(dict.fromkeys(keys))}
+    return list(ids), np.array([ids[key] for key in keys], dtype=np.int64)
 
 
 def _part_figures(estimator: Estimator, part: Part, layout: Layout) -> Floats:
-    """[forward, backward, weight, saved, crowded, again] of a part of a layer; `again` is forward without its communication: no more
+    """[forward, backward, weight, crowded, saved, again] of a part of a layer; `again` is forward without its communication: no more
     than what a full recompute repeats."""
     found = _figures(estimator, Piece(PART, part.forward, part.backward, part.saved), layout)
-    again = estimator.durations(((Piece(PART, part.forward, (), 0), 1),), layout, shared=False).compute
-    return np.array([*(found[name] for name in ("forward", "backward", "weight", "saved", "crowded")), again])
-
-
-def _figures(estimator: Estimator, piece: Piece, layout: Layout) -> dict[str, float]:
-    piece = replace(piece, name=PART)
-    alone = estimator.durations(((piece, 1),), layout, shared=False)
-    crowded = 0.0
-    if estimator.cluster.node.compute_slots is not None:
-        busy: Durations = estimator.durations(((piece, 1),), layout, shared=True)
-        crowded = busy.forward + busy.backward
-    return {
-        "forward": alone.forward,
-        "backward": alone.backward,
-        "weight": alone.weight,
-        "saved": piece.saved_bytes,
-        "working": piece.working_bytes,
-        "crowded": crowded,
-    }
+    computed = tuple(op for op in part.forward if not isinstance(op, Collective))
+    again = estimator.durations(((Piece(PART, computed, (), 0), 1),), layout, shared=False)
+    return np.array([*found[:-1], again.forward])
 
 
 def _shards(space: Space, kinds: Sequence[Kind]) -> tuple[tuple[tuple[ShardSizes, ...], ...], Ints]:
@@ -142,8 +189,7 @@ def _shards(space: Space, kinds: Sequence[Kind]) -> tuple[tuple[tuple[ShardSizes
     combination has."""
     model = space.model
     first = [next(i for i in range(model.layers) if (model.window(i), model.is_moe(i)) == kind) for kind in kinds]
-    ids = {key: at for at, key in enumerate(dict.fromkeys((x.tp, x.sp) for x in space.locals))}
-    of_local = np.array([ids[x.tp, x.sp] for x in space.locals], dtype=np.int64)
+    ids, of_local = _numbered([(x.tp, x.sp) for x in space.locals])
     out = []
     for split in (Split(tp, sp, ep, etp) for tp, sp in ids for ep, etp in space.experts):
         parts = [chunk_shards(model, split, Seat(), range(i, i + 1), False, False) for i in first]

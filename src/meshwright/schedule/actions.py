@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from operator import le
 
 
 class Kind(Enum):
@@ -29,6 +30,10 @@ class Kind(Enum):
     """Send the gradient of the chunk's input to the owner of the place before."""
     RECV_BACKWARD = "rB"
     """Receive the gradient of the chunk's output from the owner of the next place."""
+
+    __hash__ = (
+        object.__hash__
+    )  # Members are single objects; the hash of their names costs more than all that looks them up.
 
     @property
     def is_compute(self) -> bool:
@@ -155,12 +160,26 @@ class Schedule:
     def peak(self, stage: int, sizes: Sequence[int]) -> int:
         """The most that a stage holds at once, when a forward of chunk i keeps `sizes[i]`. A split backward keeps it until the
         weights' half is done: the inputs of the linears, which that half needs, are most of it."""
-        held = most = 0
-        for action in self.actions[stage]:
-            held += sizes[action.chunk] * (action.kind is Kind.FORWARD)
-            most = max(most, held)
-            held -= sizes[action.chunk] * (action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT))
-        return most
+        return max(sum(n * size for n, size in zip(held, sizes, strict=True)) for held in self._fullest(stage))
+
+    def _fullest(self, stage: int) -> set[tuple[int, ...]]:
+        """How many micro-batches of each chunk the stage holds, at every moment at which it holds as many of the chunk as it ever
+        does with those of the others: any of these may be the most, whatever the sizes."""
+        if stage not in self._held:
+            held = [0] * self.chunks
+            each: set[tuple[int, ...]] = set()
+            for action in self.actions[stage]:
+                if action.kind is Kind.FORWARD:
+                    held[action.chunk] += 1
+                    each.add(tuple(held))
+                elif action.kind is Kind.BACKWARD or action.kind is Kind.BACKWARD_WEIGHT:
+                    held[action.chunk] -= 1
+            self._held[stage] = {a for a in each if not any(a != b and all(map(le, a, b)) for b in each)}
+        return self._held[stage]
+
+    @cached_property
+    def _held(self) -> dict[int, set[tuple[int, ...]]]:
+        return {}
 
     @cached_property
     def _seats(self) -> dict[int, Seat]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from meshwright.schedule.actions import Action, Kind, Schedule
@@ -56,26 +57,35 @@ def wind_clock(schedule: Schedule) -> list[Waits]:
     """
     computes = [[a for a in actions if a.kind.is_compute] for actions in schedule.actions]
     at = [0] * schedule.stages
-    done: dict[tuple[int, int, bool], int] = {}
+    # By direction, place and micro-batch: which computation it was.
+    done: dict[bool, list[dict[int, int]]] = {
+        on: [{} for _ in range(schedule.stages * schedule.chunks)] for on in (True, False)
+    }
     out: list[Waits] = []
     moved = True
     while moved:
         moved = False
         for stage, actions in enumerate(computes):
-            while at[stage] < len(actions):
-                action, index, travels = actions[at[stage]], -1, False
-                source = source_of(schedule, stage, action)
-                forward = action.kind is Kind.FORWARD
-                if source is not None:
-                    place = schedule.placement[source[0]][source[1]]
-                    if (place, action.micro_batch, forward) not in done:
-                        break
-                    index, travels = done[place, action.micro_batch, forward], source[0] != stage
-                if action.kind is not Kind.BACKWARD_WEIGHT:
-                    done[schedule.placement[stage][action.chunk], action.micro_batch, forward] = len(out)
+            seats = [
+                (place, schedule.before(stage, chunk), schedule.after(stage, chunk))
+                for chunk, place in enumerate(schedule.placement[stage])
+            ]
+            first = at[stage]
+            for action in islice(actions, first, None):
+                kind, micro_batch = action.kind, action.micro_batch
+                place, before, after = seats[action.chunk]
+                index, travels = -1, False
+                if kind is not Kind.BACKWARD_WEIGHT:
+                    forward = kind is Kind.FORWARD
+                    source, there = (before, place - 1) if forward else (after, place + 1)
+                    if source is not None:
+                        index, travels = done[forward][there].get(micro_batch, -1), source[0] != stage
+                        if index < 0:
+                            break
+                    done[forward][place][micro_batch] = len(out)
                 out.append(Waits(stage, action, index, travels))
                 at[stage] += 1
-                moved = True
+            moved = moved or at[stage] > first
     stuck = {stage: actions[at[stage]] for stage, actions in enumerate(computes) if at[stage] < len(actions)}
     if stuck:
         raise deadlock(schedule, {stage: (action, source_of(schedule, stage, action)) for stage, action in stuck.items()})

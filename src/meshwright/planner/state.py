@@ -1,0 +1,216 @@
+"""What the state of a stage costs (parameters, gradients, optimizer), for many ways to cut it at once.
+
+Communication is priced in the fewest buckets that there can be: a lower bound of what `cost/` finds for the buckets as planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from meshwright.cost.estimate import Estimator
+from meshwright.cost.ops import Collective, CollectiveOp, Elementwise
+from meshwright.planner.space import Bools, Floats, Ints, Space
+from meshwright.planner.tables import ShardSizes, Tables
+from meshwright.schedule.buckets import bucket_bytes
+from meshwright.spec.layout import Layout
+from meshwright.spec.precision import STATE_BYTES
+
+Held = tuple[int, ...]
+"""How many of each kind of layer, of embeddings and of heads a stage holds."""
+
+FORWARD, BACKWARD, REDUCTION, REST, BYTES = range(5)
+"""Rows of a price: seconds gathering for forward, and for backward with what is reduced there, of the gradients' reduction, and of
+what follows it; bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Parameters that share buckets."""
+
+    fields: tuple[str, ...]
+    routed: bool = False
+    comes_and_goes: bool = False
+    """ZeRO-3's: gathered layer by layer."""
+
+    def sizes(self, of: ShardSizes) -> tuple[int, ...]:
+        return tuple(n for name in self.fields for n in getattr(of, name))
+
+
+def _groups(zero: int) -> tuple[_Group, ...]:
+    if zero < 3:
+        return _Group(("matrices", "routers")), _Group(("vectors",)), _Group(("experts", "expert_vectors"), routed=True)
+    return (
+        _Group(("matrices",), comes_and_goes=True),
+        _Group(("routers", "vectors")),
+        _Group(("experts",), routed=True, comes_and_goes=True),
+        _Group(("expert_vectors",), routed=True),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """The ranks that hold the same parameters, and into how many parts their state is cut; arrays of one entry for each way."""
+
+    ranks: Ints
+    cuts: Ints
+    stride: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class _Bunches:
+    """[bunches, ways]: so many, of so many elements each, go together over the wire."""
+
+    count: Ints
+    each: Ints
+
+
+class StatePrices:
+    """Of every combination of a space under each sharding; asked once for all that cut their state alike."""
+
+    def __init__(self, space: Space, estimator: Estimator, tables: Tables):
+        self.space, self.times, self.tables = space, estimator.times, tables
+        self.size = STATE_BYTES[space.precision]
+        kernels = estimator.kernels(Layout(dp=space.gpus, precision=space.precision), shared=True)
+        self.start = kernels.elementwise(Elementwise("optimizer", 0))
+        self.per_byte = kernels.elementwise(Elementwise("optimizer", 1)) - self.start
+        self._known: dict[Held, tuple[Ints, Floats]] = {}
+        self._sizes: dict[_Group, tuple[Ints, Ints]] = {}
+        zero = [(sharding.zero, sharding.shard or 0) for sharding in space.shardings]
+        self._zero, self._shard = np.array(zero, dtype=np.int64).T
+
+    def price(self, held: Held, at: Ints, sharding: Ints) -> Floats:
+        """[5, n] of a stage that holds `held`, for the combinations `at`, each with a sharding (an index of the space's)."""
+        columns, most = self.space.columns, self.space.gpus + 1
+        keys = ((self.tables.split[at] * len(self._zero) + sharding) * most + columns.cp[at]) * most + self.space.dp[at]
+        unique, first, which = np.unique(keys, return_index=True, return_inverse=True)
+        known, values = self._known.get(held, (np.empty(0, np.int64), np.empty((5, 0))))
+        place = np.minimum(np.searchsorted(known, unique), max(0, len(known) - 1))
+        new = known[place] != unique if len(known) else np.ones(len(unique), dtype=bool)
+        if new.any():
+            known, values = (
+                np.concatenate((known, unique[new])),
+                np.hstack((values, self._new(held, at[first[new]], sharding[first[new]]))),
+            )
+            order = np.argsort(known)
+            known, values = self._known[held] = known[order], values[:, order]
+            place = np.searchsorted(known, unique)
+        return np.asarray(values[:, place[which]])
+
+    def _new(self, held: Held, at: Ints, sharding: Ints) -> Floats:
+        out = np.empty((5, len(at)))
+        for zero in np.unique(self._zero[sharding]).tolist():
+            its = np.flatnonzero(self._zero[sharding] == zero)
+            out[:, its] = self._of_stage(held, at[its], zero, self._shard[sharding[its]])
+        return out
+
+    def _of_stage(self, held: Held, at: Ints, zero: int, shard: Ints) -> Floats:
+        size, out = self.size, np.zeros((5, len(at)))
+        owned_all, elements_all = np.zeros(len(at)), np.zeros(len(at))
+        for group in _groups(zero):
+            cuts, (rows, table) = self._cuts(group, at, zero, shard), self._shards(group)
+            count, each = np.array(held)[rows][:, None], table[:, self.tables.split[at]]
+            elements = (count * each).sum(axis=0)
+            if not elements.any():
+                continue
+            owned = elements // cuts.cuts
+            owned_all, elements_all = owned_all + owned, elements_all + elements
+            bunches = _by_row(held, rows, each) if group.comes_and_goes else self._buckets(count, each, cuts.ranks)
+            axis = "edp" if group.routed else "dp"
+            gather = self._seconds(axis, "all_gather", cuts.cuts, cuts.stride, bunches, size.parameter)
+            scatter = self._seconds(axis, "reduce_scatter", cuts.cuts, cuts.stride, bunches, size.gradient)
+            shares = _Bunches(bunches.count, bunches.each // cuts.cuts)
+            replicas = self._seconds(
+                axis, "all_reduce", cuts.ranks // cuts.cuts, cuts.stride * cuts.cuts, shares, size.gradient
+            )
+            if group.comes_and_goes:
+                # The embedding and the head need not be gathered for backward.
+                layers = self._seconds(
+                    axis, "all_gather", cuts.cuts, cuts.stride, _by_row((*held[:-2], 0, 0), rows, each), size.parameter
+                )
+                out[FORWARD] += gather
+                out[BACKWARD] += layers
+            if zero >= 2:
+                out[BACKWARD] += scatter
+            whole = cuts.cuts == 1
+            out[REDUCTION] += np.where(whole, replicas, scatter if zero < 2 else 0.0)
+            out[REST] += np.where(whole, 0.0, replicas + (0.0 if group.comes_and_goes else gather))
+            parameters = owned if group.comes_and_goes else elements
+            gradients = owned if zero >= 2 else elements
+            out[BYTES] += parameters * size.parameter + gradients * size.gradient + owned * size.optimizer
+        # As `cost/program.py` has the optimizer, without padding.
+        moved = (
+            owned_all * (2 * (size.optimizer + size.parameter) + size.gradient)
+            + (elements_all + 3 * owned_all) * size.gradient
+        )
+        out[REST] += self.start + self.per_byte * moved
+        return out
+
+    def _cuts(self, group: _Group, at: Ints, zero: int, shard: Ints) -> _Cuts:
+        columns = self.space.columns
+        ranks, stride = self.space.dp[at] * columns.cp[at], columns.tp[at]
+        if group.routed:
+            ranks, stride = ranks * columns.tp[at] // (columns.ep[at] * columns.etp[at]), columns.ep[at] * columns.etp[at]
+        if zero == 0:
+            return _Cuts(ranks, np.ones_like(ranks), stride)
+        within = np.gcd(shard, ranks) if group.routed else shard
+        return _Cuts(ranks, np.where(shard > 0, within, ranks), stride)
+
+    def _shards(self, group: _Group) -> tuple[Ints, Ints]:
+        """Which row of the tables each shard is of; [shards, splits] its elements."""
+        if group not in self._sizes:
+            by_split = [[group.sizes(of) for of in sizes] for sizes in self.tables.shards]
+            rows = [row for row, sizes in enumerate(by_split[0]) for _ in sizes]
+            table = np.array([[n for sizes in split for n in sizes] for split in by_split], dtype=np.int64)
+            self._sizes[group] = np.array(rows, dtype=np.int64), table.reshape(len(by_split), len(rows)).T
+        return self._sizes[group]
+
+    def _buckets(self, count: Ints, each: Ints, ranks: Ints) -> _Bunches:
+        """The fewest: what is larger than a bucket goes alone, and the rest in full buckets."""
+        limit = np.array([bucket_bytes(n) for n in ranks.tolist()]) // self.size.gradient
+        alone = each > limit
+        full, rest = np.divmod((count * each * ~alone).sum(axis=0), limit)
+        return _Bunches(np.vstack((count * alone, full, np.ones_like(full))), np.vstack((each, limit, rest)))
+
+    def _seconds(self, axis: str, op: CollectiveOp, group: Ints, stride: Ints, bunches: _Bunches, size: int) -> Floats:
+        """Of a call for each bunch."""
+        called: Bools = (group > 1) & (bunches.count > 0) & (bunches.each > 0)
+        each = self._price(axis, op, group, stride, bunches.each * size)
+        return np.asarray((called * bunches.count * each).sum(axis=0))
+
+    def _price(self, axis: str, op: CollectiveOp, group: Ints, stride: Ints, nbytes: Ints) -> Floats:
+        """[bunches, ways]: seconds of one call of so many bytes."""
+        pairs, which = np.unique(group * (self.space.gpus + 1) + stride, return_inverse=True)
+        kinds = [
+            Collective(axis, op, ranks, apart, 0)
+            for ranks, apart in (divmod(pair, self.space.gpus + 1) for pair in pairs.tolist())
+        ]
+        curves = [self.times.curve(kind) if kind.group_size > 1 else None for kind in kinds]
+        if any(curve is None and kind.group_size > 1 for curve, kind in zip(curves, kinds, strict=True)):
+            return self._measured(kinds, which, nbytes)
+        lines = [curve.lines if curve else ((0.0, 0.0),) for curve in curves]
+        most = max(map(len, lines))
+        table = np.array([[*its, *(its[:1] * (most - len(its)))] for its in lines])[which]
+        floor = np.array([curve.floor if curve else 0.0 for curve in curves])[which]
+        quickest = np.minimum.reduce([table[:, i, 0] + table[:, i, 1] * nbytes for i in range(most)])
+        return np.asarray(np.maximum(floor, quickest))
+
+    def _measured(self, kinds: Sequence[Collective], which: Ints, nbytes: Ints) -> Floats:
+        """Between measured points there is no line to draw for many at once."""
+        seconds = [
+            [
+                self.times.seconds(Collective(k.axis, k.op, k.group_size, k.stride, n)) if k.group_size > 1 else 0.0
+                for k, n in zip((kinds[i] for i in which), row, strict=True)
+            ]
+            for row in nbytes.tolist()
+        ]
+        return np.array(seconds)
+
+
+def _by_row(held: Held, rows: Ints, each: Ints) -> _Bunches:
+    """A layer, an embedding or a head at a time."""
+    together = np.zeros((len(held), each.shape[1]), dtype=np.int64)
+    np.add.at(together, rows, each)
+    return _Bunches(np.broadcast_to(np.array(held)[:, None], together.shape), together)
