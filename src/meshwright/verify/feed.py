@@ -23,9 +23,12 @@ FEEDS: tuple[Feed, ...] = get_args(Feed)
 
 COUNTED = 3
 """Tokens that a lopsided batch counts."""
-MARK, PULL = 0.06, 1.0
-"""What all embeddings have in common, in one feature, and how strongly hot experts are drawn to it: a few times the 0.02 of initial
-weights, so that no token goes elsewhere and rounding stays what it is."""
+LARGER = 10.0
+"""What first embeddings are multiplied by. With the 0.02 of training every layer of a narrow model adds more than it is given, and
+what rounding changes in the first grows from layer to layer to more than 1e-5 in fp32."""
+MARK, PULL = 0.6, 1.0
+"""What all embeddings have in common, in one feature, and how strongly hot experts are drawn to it: a few times what the other features
+have, so that no token goes elsewhere and rounding stays what it is."""
 
 
 def feeds(model: Model) -> tuple[Feed, ...]:
@@ -41,12 +44,14 @@ def check_feed(feed: str, model: Model) -> Feed:
 
 
 def initial_weight(model: Model, shard: Shard, feed: Feed = "packed") -> Tensor:
-    """As in training, but with biases and norms off 0 and 1, where mistakes in them would not show."""
+    """As in training, but with larger embeddings, and with biases and norms off 0 and 1, where mistakes in them would not show."""
     value = initial_value(model, shard.name, shard.global_shape, seed=0)
     if value.ndim == 1:
         return value + initial_value(model, shard.name, (1, *shard.global_shape), seed=1)[0]
-    if feed == "hot" and shard.name == "embedding.tokens.weight":
-        value[:, 0] = MARK
+    if shard.name == "embedding.tokens.weight":
+        value *= LARGER
+        if feed == "hot":
+            value[:, 0] = MARK
     if feed == "hot" and shard.name.endswith("router.weight"):
         assert model.experts is not None
         value[:, 0] = 0.0

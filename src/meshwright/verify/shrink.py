@@ -20,7 +20,7 @@ from meshwright.spec.legality import check_layout
 from meshwright.spec.model import Experts, LatentAttention, Model
 from meshwright.spec.workload import Workload
 
-HIDDEN, HEAD_DIM = 32, 4
+HIDDEN, HEAD_DIM = 32, 8
 SHORTEST = 16
 """Tokens of a sequence, at least."""
 
@@ -67,7 +67,7 @@ def shrink(model: Model, layout: Layout) -> Shrunk:
     shrunk = replace(
         layout,
         stage_layers=None if layout.stage_layers is None else counts,
-        recompute_layers=_recomputed(model, layout, min(counts)),
+        recompute_layers=_recomputed(model, layout, max(counts)),
     )
     check_layout(shrunk, small, workload)
     return Shrunk(small, workload, shrunk)
@@ -90,15 +90,17 @@ def _micro_batches(layout: Layout) -> int:
 
 
 def _counts(model: Model, layout: Layout) -> tuple[int, ...]:
-    """Layers of each chunk: the fewest that keep the order of the chunks by size and, in all, hold every kind of layer."""
+    """Layers of each chunk: the fewest that keep the order of the chunks by size and, in all, hold every kind of layer. Where some chunk
+    of the real model keeps what other layers of it recompute, the largest has two at least."""
     chunks = layout.pp * layout.chunks
     kinds = [(model.window(i), model.is_moe(i)) for i in range(model.layers)]
     every = max(kinds.index(kind) for kind in set(kinds)) + 1
-    least = 2 * chunks if _recomputes_part(model, layout) else chunks
+    keeps_some = _recomputes_part(model, layout)
     if layout.stage_layers is None:
-        return even_counts(min(model.layers, max(2, every, least)), chunks)
+        return even_counts(min(model.layers, max(2, every, chunks + keeps_some)), chunks)
     sizes = sorted(set(layout.stage_layers))
-    counts = tuple(sizes.index(held) + least // chunks for held in layout.stage_layers)
+    fewest = 2 if keeps_some and len(sizes) == 1 else 1
+    counts = tuple(sizes.index(held) + fewest for held in layout.stage_layers)
     while sum(counts) < every:
         counts = tuple(n + 1 if n == max(counts) else n for n in counts)
     fits = all(n <= held for n, held in zip(counts, layout.stage_layers, strict=True))
@@ -111,11 +113,11 @@ def _recomputes_part(model: Model, layout: Layout) -> bool:
     return layout.recompute_layers is not None and layout.recompute_layers < max(held)
 
 
-def _recomputed(model: Model, layout: Layout, fewest: int) -> int | None:
-    """Of the layers of each chunk, `fewest` in the smallest: some, where the real chunks recompute some, else all."""
+def _recomputed(model: Model, layout: Layout, most: int) -> int | None:
+    """Of the layers of each chunk, `most` in the largest: not all, where a real chunk keeps some, else all."""
     if layout.recompute_layers is None:
         return None
-    return min(layout.recompute_layers, max(1, fewest - 1) if _recomputes_part(model, layout) else fewest)
+    return min(layout.recompute_layers, max(1, most - 1) if _recomputes_part(model, layout) else most)
 
 
 def _kv_heads(model: Model, tp: int, ulysses: int) -> int:
