@@ -1,15 +1,22 @@
-"""`meshwright verify` proves what is right, finds what is wrong and names its axis; its layouts cover every pair of modes."""
+"""`meshwright verify` proves what is right, finds what is wrong and names its operator and its axis."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from functools import lru_cache
+from typing import NamedTuple
 
 import pytest
+from sabotage import (
+    doubled_gradients_between_stages,
+    labels_of_another_micro_batch,
+    no_gradient_reduction,
+    no_sum_of_row_parallel,
+    no_sum_of_shared_latents,
+)
 
-from meshwright.parallel import data, tensor
+from meshwright.cli.main import main
 from meshwright.spec.errors import UserError
 from meshwright.spec.huggingface import catalogue_models, load_model
 from meshwright.spec.legality import check_layout, refuse_unrunnable_model
@@ -17,35 +24,16 @@ from meshwright.spec.notation import parse_layout
 from meshwright.spec.parameters import count_parameters
 from meshwright.testing import pool
 from meshwright.verify.check import Verifier
-from meshwright.verify.layouts import draw_layouts, features, legal_layouts, uncovered
-from meshwright.verify.run import verify
+from meshwright.verify.difference import PHASES, worst_by_operator
+from meshwright.verify.ranks import Sabotage, Step
 from meshwright.verify.shrink import shrink
-
-DENSE, SPARSE = "qwen3-8b", "deepseek-v3"
-CI_LAYOUTS, PARITY_LAYOUTS = 0, 160
-"""Of each model; a covering set in any case."""
-
-
-def forget_the_gradient_reduction() -> None:
-    """Of data parallel alone."""
-    data.FlatBucket.reduce = lambda bucket: (bucket.clear_missing(), data.Reduction(None))[1]  # type: ignore[method-assign]
-
-
-def forget_the_sum_of_row_parallel() -> None:
-    tensor.all_reduce_forward_identity_backward = lambda x, group: x  # type: ignore[assignment]
-
 
 # --- the command
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "meshwright", "verify", *arguments], capture_output=True, text=True, timeout=200
-    )
-
-
 def test_the_command_prints_json_and_ends_well() -> None:
-    done = run_command("--layout", "dp2 tp2:sp", "--json")
+    command = [sys.executable, "-m", "meshwright", "verify", "--layout", "dp2 tp2:sp", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     result = json.loads(done.stdout)
     assert done.returncode == 0
     assert result["ok"]
@@ -61,35 +49,110 @@ def test_the_command_prints_json_and_ends_well() -> None:
         (("--layout", "dp2 ep2", "--model", "llama-3-8b"), "llama-3-8b is dense"),
         (("--layout", "ep3 dp3"), "ep 3 does not divide the 8 experts"),
         (("--layout", "cp4:ulysses tp16"), "ulysses"),
-        (("--layout", "dp2 fp8", "--precision", "fp16"), "precision to verify in"),
+        (("--layout", "dp2 fp8"), "in fp64 or fp32"),
+        (("--layout", "dp2", "--precision", "fp16"), "in fp64 or fp32"),
+        (("--layout", "dp128"), "at most 64"),
         (("--layout", "dp2 tp2 ep8"), "ep 8 x etp 1 = 8"),
+        (("--layout", "pp2 stages:3-5"), "stages:3-5 holds 8 layers, but llama-3-8b has 32"),
+        (("--layout", "dp2", "--batch", "hot"), "batch of llama-3-8b"),
+        (("--layout", "dp2", "--count", "7"), "--count 7 is of the matrix"),
+        (("--matrix", "--batch", "hot"), "--batch hot is of one layout"),
+        (("--matrix", "--ranks", "1"), "2 to 64 ranks, got 1"),
         ((), "either --layout or --matrix"),
     ],
 )
-def test_bad_input_is_one_line(arguments: tuple[str, ...], said: str) -> None:
-    done = run_command(*arguments)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_bad_input_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["meshwright", "verify", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert line.count("\n") == 1
 
 
 # --- what is wrong is found
 
 
-def test_a_missing_gradient_reduction_is_found_in_dp() -> None:
-    result = verify("dp2 tp2", sabotage=forget_the_gradient_reduction)
-    assert not result.ok
-    assert result.first_difference is not None
-    assert result.first_difference.module.endswith("backward")
-    assert result.first_difference.axes == ("dp",)
+class Found(NamedTuple):
+    """What a Difference says, but for the size of the error."""
+
+    phase: str
+    operator: str
+    cause: str | None
+    sent: tuple[str, ...]
+    axes: tuple[str, ...]
 
 
-def test_a_missing_sum_is_found_in_tp_at_the_first_layer() -> None:
-    result = verify("dp2 tp2 pp2", sabotage=forget_the_sum_of_row_parallel)
+MISSING_DP, MISSING_TP = (f"it would be right summed over {axis}: that sum is missing" for axis in ("dp", "tp"))
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "broken", "expected"),
+    [
+        (
+            "llama-3-8b",
+            "dp2 tp2 fp64",
+            no_gradient_reduction,
+            Found("parameter", "head.weight", MISSING_DP, (), ("dp",)),
+        ),
+        (
+            "llama-3-8b",
+            "tp2 pp2 fp64",
+            no_sum_of_row_parallel,
+            Found("forward", "layers.0.attention.out", MISSING_TP, (), ("tp",)),
+        ),
+        (
+            "deepseek-v3",
+            "dp2 tp2 fp64",
+            no_sum_of_shared_latents,
+            Found("backward", "layers.3.attention.q_down", MISSING_TP, (), ("tp",)),
+        ),
+        (
+            "llama-3-8b",
+            "dp2 pp2 fp64",
+            labels_of_another_micro_batch,
+            Found("backward", "head", None, ("send over pp",), ("pp",)),
+        ),
+        (
+            "llama-3-8b",
+            "tp2 pp2 fp64",
+            doubled_gradients_between_stages,
+            Found("backward", "layers.0.output", "it is 2 times what it should be, on every rank", (), ("pp",)),
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_wrong_is_found_at_its_operator_and_axis(
+    model: str, layout: str, broken: Sabotage, expected: Found
+) -> None:
+    result = Verifier(load_model(model), pool(), broken).verify(parse_layout(layout))
+    found = result.first_difference
     assert not result.ok
-    assert result.first_difference is not None
-    assert result.first_difference.module in ("embedding, forward", "layers.0, forward")
-    assert result.first_difference.axes == ("tp",)
+    assert found is not None
+    assert Found(found.phase, found.operator, found.cause, found.sent, found.axes) == expected
+    assert found.error > 1e-3
+
+
+WATCHED = [
+    ("deepseek-v3", "tp2:sp cp2:ring ep2 ac:full fp64"),
+    ("gpt2", "pp2 tp2 fp64"),
+    ("qwen2-7b", "dp2 cp2:ulysses tp2:async fp64"),
+]
+
+
+@pytest.mark.parametrize(("model", "layout"), WATCHED)
+def test_no_operator_is_blamed_where_all_is_right(model: str, layout: str) -> None:
+    verifier = Verifier(load_model(model), pool())
+    step = Step(*shrink(verifier.model, parse_layout(layout)), watched=True)
+    reference, reports = verifier.run(step)
+    for phase in PHASES:
+        errors = worst_by_operator(step, phase, reference, reports)
+        assert len(errors) > 12
+        assert max(errors.values()) <= 1e-9, errors
+        assert {name.split(".")[0] for name in errors} >= {"layers", "norm", "head"}
 
 
 # --- shrinking
@@ -101,10 +164,11 @@ def test_a_shrunk_model_is_small_and_keeps_its_structure(name: str, layout: str)
     model, parsed = load_model(name), parse_layout(layout)
     try:
         refuse_unrunnable_model(model)
-        small, workload = shrink(model, parsed)
+        small, workload, shrunk = shrink(model, parsed)
     except UserError:
         return  # the layout cannot split the real one: shrinking must not make it legal
-    check_layout(parsed, small, workload)
+    check_layout(shrunk, small, workload)
+    assert shrunk == parsed
     assert count_parameters(small).total < 3_000_000
     assert small.heads // small.kv_heads == model.heads // model.kv_heads
     kinds = {(model.window(i) is None, model.is_moe(i)) for i in range(model.layers)}
@@ -117,37 +181,35 @@ def test_a_shrunk_model_is_small_and_keeps_its_structure(name: str, layout: str)
         assert small.experts.groups == model.experts.groups
 
 
-# --- layouts
+@pytest.mark.parametrize(
+    ("name", "layout", "expected"),
+    [
+        ("llama-3.2-1b", "pp4 stages:5-3-3-5", (2, 1, 1, 2)),
+        ("qwen3-8b", "pp2x2:interleaved stages:8-11-7-10", (2, 4, 1, 3)),
+        ("llama-3.2-1b", "pp2 stages:8-8", (1, 1)),
+        ("deepseek-v3", "pp2 stages:30-31", (1, 3)),  # three dense layers, then sparse ones
+        ("qwen3-8b", "pp4 ac:full:2 stages:9-8-9-10", (2, 1, 2, 3)),
+        ("llama-tiny", "pp2 stages:1-3", (1, 2)),
+    ],
+)
+def test_uneven_stages_shrink_in_their_order(name: str, layout: str, expected: tuple[int, ...]) -> None:
+    small, _, shrunk = shrink(load_model(name), parse_layout(layout))
+    assert shrunk.stage_layers == expected
+    assert small.layers == sum(expected)
 
 
-@pytest.mark.parametrize("name", [DENSE, SPARSE])
-def test_drawn_layouts_cover_every_pair_and_are_distinct(name: str) -> None:
-    model = load_model(name)
-    drawn = draw_layouts(model, CI_LAYOUTS)
-    assert len(set(drawn)) == len(drawn)
-    assert uncovered(drawn, legal_layouts(model, 8, 0, "fp64")) == set()
-    assert any(feature[0] == "triple" for layout in drawn for feature in features(layout))
-    assert uncovered(drawn[:-1], drawn) != set(), "the last one is needed, so the check can fail"
-
-
-@lru_cache
-def verifier(name: str) -> Verifier:
-    return Verifier(load_model(name), pool())
-
-
-def parity_cases() -> list[object]:
-    """In CI a covering set of the sparse model in fp64; under `make parity` at least twice as many layouts, in both precisions."""
-    out = []
-    for name in (DENSE, SPARSE):
-        covering = {str(layout) for layout in draw_layouts(load_model(name), CI_LAYOUTS)} if name == SPARSE else set()
-        for precision in ("fp64", "fp32"):
-            for layout in draw_layouts(load_model(name), PARITY_LAYOUTS, precision=precision):  # type: ignore[arg-type]
-                marks = [] if str(layout) in covering else [pytest.mark.parity]
-                out.append(pytest.param(name, str(layout), marks=marks))
-    return out
-
-
-@pytest.mark.parametrize(("name", "layout"), parity_cases())
-def test_parity(name: str, layout: str) -> None:
-    result = verifier(name).verify(parse_layout(layout), explain=False)
-    assert result.ok, f"{result.worst_parameter}: {result.max_relative_error:.1e}; loss {result.loss_error:.1e}"
+@pytest.mark.parametrize(
+    ("layout", "layers", "recomputed"),
+    [
+        ("pp2 ac:full:4", 3, 1),  # some of a stage, so some of the larger shrunk one
+        ("pp2 ac:full:4 stages:16-16", 4, 1),
+        ("pp4 ac:full:8 stages:12-8-6-6", 7, 2),  # 3-2-1-1
+        ("pp2 ac:full:16", 2, 1),  # all
+        ("pp2 ac:full:99", 2, 1),
+        ("ac:selective:31", 2, 1),
+        ("ac:full", 2, None),
+    ],
+)
+def test_recompute_of_some_layers_stays_of_some(layout: str, layers: int, recomputed: int | None) -> None:
+    small, _, shrunk = shrink(load_model("llama-3-8b"), parse_layout(layout))
+    assert (small.layers, shrunk.recompute_layers) == (layers, recomputed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import sys
@@ -83,6 +84,7 @@ def _serve(connection: Connection, path: list[str]) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: looking through it again after every call would take longer than most calls
     while True:
         try:
             function, args, rank, world, store, timeout, backend = connection.recv()
@@ -99,4 +101,9 @@ def _serve(connection: Connection, path: list[str]) -> None:
             answer = (True, traceback.format_exc())
         if dist.is_initialized() and not answer[0]:
             dist.destroy_process_group()
+        # An engine is full of cycles, and so are the groups that it holds, each with threads and sockets: left to their own time, a
+        # hundred calls pile up hundreds of both. It must be before the answer: after it the store's directory goes, and a store
+        # that ends while its file disappears looks for the file until it runs into its timeout.
+        del function, args
+        gc.collect()
         connection.send(answer)

@@ -2,61 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from itertools import combinations
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from meshwright.parallel.context import cut_tokens
-from meshwright.parallel.ranks import RankPool
-from meshwright.spec.layout import Layout
+from meshwright.parallel.ranks import RankError, RankPool
+from meshwright.spec.layout import Layout, Precision
 from meshwright.spec.model import Model
-from meshwright.spec.workload import Workload
-from meshwright.verify.ranks import Report, Sabotage, one_step
+from meshwright.spec.parameters import count_parameters
+from meshwright.verify.difference import Difference, first_difference, wrong_axes
+from meshwright.verify.feed import Feed, check_feed
+from meshwright.verify.held import held_gradients
+from meshwright.verify.ranks import Report, Sabotage, Step, run_step
 from meshwright.verify.shrink import shrink
 
-TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
+TOLERANCE: dict[Precision, float] = {"fp64": 1e-9, "fp32": 1e-5}
 """Largest relative error; never to be relaxed."""
 
-AXES: dict[str, tuple[str, ...]] = {
-    "dp": ("dp", "zero", "zero_shard"),
-    "tp": ("tp", "sp"),
-    "pp": ("pp", "chunks", "schedule"),
-    "cp": ("cp", "cp_ulysses"),
-    "ep": ("ep", "etp"),
-}
-"""The fields of a layout that belong to an axis."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Where a layout and one process part: the first module, in the order of the model, whose output differs, and the axes that
-    are wrong by themselves or, if none is, together."""
-
-    module: str
-    error: float
-    axes: tuple[str, ...]
+TIMEOUT = 600.0
+"""Seconds for one step of a shrunk model."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What came out. Errors are relative: of a gradient, its largest difference over its largest element."""
+    """What came out. Errors are relative: of a gradient, its largest difference over its largest element; infinite where some of it
+    is missing. Loss and norm: of the rank that is furthest off."""
 
     layout: Layout
+    """As it was asked for."""
     model: Model
-    workload: Workload
+    step: Step
+    """What was run: the model and the layout shrunk."""
     tolerance: float
     loss: float
     expected_loss: float
     grad_norm: float
     expected_grad_norm: float
     errors: dict[str, float]
+    """By parameter, those of the last layer first."""
     collectives: tuple[tuple[str, str, int, int, int], ...]
     """(axis, operation, group size, calls, bytes) of all ranks together."""
-    first_difference: Difference | None = field(default=None)
+    first_difference: Difference | None = None
 
     @property
     def worst_parameter(self) -> str:
@@ -75,32 +64,38 @@ class Verification:
         return abs(self.grad_norm - self.expected_grad_norm) / abs(self.expected_grad_norm)
 
     @property
+    def worst_error(self) -> float:
+        """Of the gradients, the loss and the norm; infinite when one is not a number."""
+        errors = (self.max_relative_error, self.loss_error, self.grad_norm_error)
+        return max(error if isfinite(error) else torch.inf for error in errors)
+
+    @property
     def ok(self) -> bool:
-        return all(error <= self.tolerance for error in (self.max_relative_error, self.loss_error, self.grad_norm_error))
+        return self.worst_error <= self.tolerance
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """For `--json`. What is not finite is None: JSON has no word for it."""
         names = ("axis", "op", "group_size", "count", "bytes")
         difference = self.first_difference
         return {
             "ok": self.ok,
             "layout": str(self.layout),
             "model": self.model.name,
-            "parameters_checked": len(self.errors),
+            "shrunk": _sizes(self.step.model),
+            "ran_as": str(self.step.layout),
+            "batch": self.step.feed,
+            "seq": self.step.workload.seq,
+            "global_batch": self.step.workload.global_batch,
             "tolerance": self.tolerance,
-            "max_relative_error": self.max_relative_error,
+            "max_relative_error": _finite(self.max_relative_error),
             "worst_parameter": self.worst_parameter,
-            "loss": self.loss,
-            "loss_error": self.loss_error,
-            "grad_norm": self.grad_norm,
-            "grad_norm_error": self.grad_norm_error,
-            "seq": self.workload.seq,
-            "global_batch": self.workload.global_batch,
-            "parameters": self.errors,
+            "loss": _finite(self.loss),
+            "loss_error": _finite(self.loss_error),
+            "grad_norm": _finite(self.grad_norm),
+            "grad_norm_error": _finite(self.grad_norm_error),
+            "first_difference": None if difference is None else asdict(difference) | {"error": _finite(difference.error)},
+            "parameters": {name: _finite(error) for name, error in self.errors.items()},
             "collectives": [dict(zip(names, row, strict=True)) for row in self.collectives],
-            "first_difference": None
-            if difference is None
-            else {"module": difference.module, "error": difference.error, "axes": list(difference.axes)},
         }
 
 
@@ -109,98 +104,71 @@ class Verifier:
 
     def __init__(self, model: Model, pool: RankPool, sabotage: Sabotage | None = None):
         self.model, self.pool, self.sabotage = model, pool, sabotage
-        self._references: dict[tuple[Model, Workload, Layout], Report] = {}
+        self._references: dict[Step, Report] = {}
 
-    def verify(self, layout: Layout, *, explain: bool = True) -> Verification:
+    def verify(self, layout: Layout, feed: Feed = "packed", *, explain: bool = True) -> Verification:
         """Run a shrunk model under `layout` and in one process. `explain`: say where they part, if they do.
 
-        Raises UserError for a layout that cannot split the model, or in a precision without a tolerance.
+        Raises UserError for a layout that cannot split the model or a feed that it cannot have, RankError when a rank raises.
         """
-        small, workload = shrink(self.model, layout)
-        reference = self._one_process(small, workload, layout)
-        reports = self.pool.run(one_step, layout.world, small, workload, layout, self.sabotage, timeout=600.0)
+        check_feed(feed, self.model)
+        step = Step(*shrink(self.model, layout), feed)
+        reference, reports = self.run(step)
         result = Verification(
             layout,
-            small,
-            workload,
+            self.model,
+            step,
             TOLERANCE[layout.precision],
-            reports[0].loss,
+            _furthest([report.loss for report in reports], reference.loss),
             reference.loss,
-            reports[0].grad_norm,
+            _furthest([report.grad_norm for report in reports], reference.grad_norm),
             reference.grad_norm,
-            _errors(small, reference, reports),
+            _errors(step.model, reference, reports),
             _total(reports),
         )
-        if result.ok or not explain:
-            return result
-        module, error = _first_module(layout, reference, reports, result)
-        return replace(result, first_difference=Difference(module, error, self._wrong_axes(layout)))
+        return result if result.ok or not explain else replace(result, first_difference=self._explain(result))
 
-    def _one_process(self, model: Model, workload: Workload, layout: Layout) -> Report:
-        alone = Layout(micro_batch=layout.micro_batch, precision=layout.precision)
-        key = (model, workload, alone)
-        if key not in self._references:
-            self._references[key] = self.pool.run(one_step, 1, model, workload, alone, timeout=600.0)[0]
-        return self._references[key]
+    def run(self, step: Step) -> tuple[Report, list[Report]]:
+        """What one process computed, and each rank of the layout."""
+        if step.alone not in self._references:
+            self._references[step.alone] = self.pool.run(run_step, 1, step.alone, timeout=TIMEOUT)[0]
+        reports = self.pool.run(run_step, step.layout.world, step, self.sabotage, timeout=TIMEOUT)
+        return self._references[step.alone], reports
 
-    def _wrong_axes(self, layout: Layout) -> tuple[str, ...]:
-        """The fewest axes of `layout` that go wrong without the others."""
-        used = [axis for axis in AXES if any(getattr(layout, f) != getattr(Layout(), f) for f in AXES[axis])]
-        for size in range(1, len(used)):
-            wrong = [axes for axes in combinations(used, size) if self._fails(_only(layout, axes))]
-            if wrong:
-                return tuple(dict.fromkeys(axis for axes in wrong for axis in axes))
-        return tuple(used)
+    def _explain(self, result: Verification) -> Difference:
+        watched = replace(result.step, watched=True)
+        found = first_difference(watched, *self.run(watched), result.tolerance)
+        if found is None and result.max_relative_error > result.tolerance:
+            found = Difference("parameter", result.worst_parameter, torch.inf, "no rank holds all of it")
+        if found is None:  # the figures alone are wrong: how they are summed over ranks
+            figures = {"loss": result.loss_error, "gradient norm": result.grad_norm_error}
+            name = max(figures, key=figures.__getitem__)
+            found = Difference("figure", name, figures[name])
+        return replace(found, axes=wrong_axes(result.layout, lambda layout: self._fails(layout, result.step.feed)))
 
-    def _fails(self, layout: Layout | None) -> bool:
-        return layout is not None and not self.verify(layout, explain=False).ok
-
-
-def _only(layout: Layout, axes: tuple[str, ...]) -> Layout | None:
-    """`layout` with the given axes alone; None where they cannot be without the others, as ep without ranks to borrow."""
-    kept = {name: getattr(layout, name) for axis in axes for name in AXES[axis]}
-    try:
-        return Layout(
-            **kept,
-            micro_batch=layout.micro_batch,
-            recompute=layout.recompute,
-            recompute_parts=layout.recompute_parts,
-            recompute_layers=layout.recompute_layers,
-            precision=layout.precision,
-        )
-    except ValueError:
-        return None
+    def _fails(self, layout: Layout, feed: Feed) -> bool:
+        try:
+            return not self.verify(layout, feed, explain=False).ok
+        except RankError:
+            return True
 
 
-def relative_error(got: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
-    """Largest difference over the largest element; NaN counts as infinite."""
-    largest = float((expected if scale is None else scale).abs().max())
-    difference = float((got - expected).abs().max())
-    if difference == 0.0:
-        return 0.0
-    error = difference / largest if largest else torch.inf
-    return error if error == error else torch.inf
+def _errors(model: Model, reference: Report, reports: Sequence[Report]) -> dict[str, float]:
+    """The worst of all ranks, by parameter; infinite where no rank holds some part of a gradient."""
+    seen = {shard.name: torch.zeros(gradient.shape, dtype=torch.bool) for shard, gradient in reference.gradients}
+    errors = dict.fromkeys(seen, 0.0)
+    for shard, value in held_gradients(model, reference, reports):
+        errors[shard.name] = max(errors[shard.name], value.error)
+        shard.of(seen[shard.name]).fill_(True)
+    return {name: error if bool(seen[name].all()) else torch.inf for name, error in errors.items()}
 
 
-def _errors(model: Model, reference: Report, reports: list[Report]) -> dict[str, float]:
-    """The worst of all ranks, by parameter.
-
-    A key bias without rotary positions shifts all scores of a query alike: its gradient is zero and what is computed is
-    rounding, so the query bias of the same layer sets the scale.
-    """
-    whole = {shard.name: gradient for shard, gradient in reference.gradients}
-    errors = dict.fromkeys(whole, 0.0)
-    for report in reports:
-        for shard, gradient in report.gradients:
-            at = shard.name
-            if model.rope is None and at.endswith("qkv.k.bias"):
-                at = at.replace("qkv.k", "qkv.q")
-            error = relative_error(gradient, shard.of(whole[shard.name]), whole[at])
-            errors[shard.name] = max(errors[shard.name], error)
-    return errors
+def _furthest(values: Sequence[float], expected: float) -> float:
+    """The value that is furthest off; one that is not a number before all others."""
+    return max(values, key=lambda value: abs(value - expected) if isfinite(value) else torch.inf)
 
 
-def _total(reports: list[Report]) -> tuple[tuple[str, str, int, int, int], ...]:
+def _total(reports: Sequence[Report]) -> tuple[tuple[str, str, int, int, int], ...]:
     sums: dict[tuple[str, str, int], list[int]] = {}
     for report in reports:
         for axis, op, size, count, nbytes in report.sent:
@@ -210,25 +178,14 @@ def _total(reports: list[Report]) -> tuple[tuple[str, str, int, int, int], ...]:
     return tuple((*key, *sums[key]) for key in sorted(sums))
 
 
-def _first_module(layout: Layout, reference: Report, reports: list[Report], result: Verification) -> tuple[str, float]:
-    """The first module whose output differs; where all agree, forward is right, and the worst gradient stands for backward."""
-    order: Callable[[str], int] = lambda name: -1 if name == "embedding" else int(name.removeprefix("layers."))  # noqa: E731
-    worst: dict[str, float] = {}
-    for report in reports:
-        for index, outputs in enumerate(report.outputs):
-            whole = reference.outputs[report.coordinates["dp"] * len(report.outputs) + index]
-            for name, output in outputs.items():
-                error = relative_error(output, _share(whole[name], layout, report.coordinates, output), whole[name])
-                worst[name] = max(worst.get(name, 0.0), error)
-    wrong = sorted((name for name, error in worst.items() if error > result.tolerance), key=order)
-    if wrong:
-        return f"{wrong[0]}, forward", worst[wrong[0]]
-    return f"{result.worst_parameter}, backward", result.max_relative_error
+def _sizes(model: Model) -> dict[str, Any]:
+    """What the model was shrunk to."""
+    names = ("layers", "hidden", "ffn", "vocab", "heads", "kv_heads", "head_dim")
+    sizes: dict[str, Any] = {name: getattr(model, name) for name in names}
+    if model.experts is not None:
+        sizes |= {"experts": model.experts.count, "top_k": model.experts.top_k, "expert_ffn": model.experts.ffn}
+    return sizes | {"parameters": count_parameters(model).total}
 
 
-def _share(whole_BSD: Tensor, layout: Layout, coordinates: dict[str, int], like: Tensor) -> Tensor:
-    """The tokens that a rank holds of a hidden state, in the shape that it holds them in."""
-    mine = cut_tokens(whole_BSD, layout, coordinates["cp"]) if layout.cp > 1 else whole_BSD
-    if layout.sp:
-        mine = mine.flatten(0, 1).chunk(layout.tp)[coordinates["tp"]]
-    return mine.view(like.shape)
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None

@@ -2,15 +2,17 @@
 
 Every kind of layer stays (dense and sparse, each window, in the order in which they begin), and so do the ratio of query to
 key-value heads, the ratio of experts to visited experts, groups of experts, latent attention, norms, biases and ties. Widths are
-the smallest that the layout can cut.
+the smallest that the layout can cut. What the layout says about layers shrinks with them: the stages that hold more still do.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from math import lcm
+from typing import NamedTuple
 
 from meshwright.schedule.orders import check_micro_batches
+from meshwright.schedule.stages import even_counts
 from meshwright.spec.context import sequence_unit
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
@@ -18,12 +20,20 @@ from meshwright.spec.legality import check_layout
 from meshwright.spec.model import Experts, LatentAttention, Model
 from meshwright.spec.workload import Workload
 
-HIDDEN, HEAD_DIM = 32, 4
+HIDDEN, HEAD_DIM = 32, 8
 SHORTEST = 16
 """Tokens of a sequence, at least."""
 
 
-def shrink(model: Model, layout: Layout) -> tuple[Model, Workload]:
+class Shrunk(NamedTuple):
+    """`layout`: the one that was given, for as many layers as `model` has."""
+
+    model: Model
+    workload: Workload
+    layout: Layout
+
+
+def shrink(model: Model, layout: Layout) -> Shrunk:
     """The small model, and a workload that `layout` can run: two micro-batches, or as many as its schedule needs.
 
     Raises UserError where the layout could not split the real model either.
@@ -32,7 +42,8 @@ def shrink(model: Model, layout: Layout) -> tuple[Model, Workload]:
     tp, ulysses = layout.tp, layout.cp_ulysses
     seq = lcm(sequence_unit(layout.cp_ring, ulysses), layout.cp * tp)
     seq *= -(-SHORTEST // seq)
-    layers = _layers(model, layout)
+    counts = _counts(model, layout)
+    layers = sum(counts)
     kv_heads = _kv_heads(model, tp, ulysses)
     latent = _latent(model.latent)
     experts = _experts(model.experts, layout) if model.experts else None
@@ -53,8 +64,13 @@ def shrink(model: Model, layout: Layout) -> tuple[Model, Workload]:
         moe_layers=tuple(i for i in model.moe_layers if i < layers),
     )
     workload = Workload(seq, layout.dp * layout.micro_batch * _micro_batches(layout))
-    check_layout(layout, small, workload)
-    return small, workload
+    shrunk = replace(
+        layout,
+        stage_layers=None if layout.stage_layers is None else counts,
+        recompute_layers=_recomputed(model, layout, max(counts)),
+    )
+    check_layout(shrunk, small, workload)
+    return Shrunk(small, workload, shrunk)
 
 
 def _real_workload(model: Model, layout: Layout) -> Workload:
@@ -73,11 +89,35 @@ def _micro_batches(layout: Layout) -> int:
     raise AssertionError("every schedule runs twice as many micro-batches as stages")
 
 
-def _layers(model: Model, layout: Layout) -> int:
-    """As many of the first layers as hold every kind, and as the stages need."""
+def _counts(model: Model, layout: Layout) -> tuple[int, ...]:
+    """Layers of each chunk: the fewest that keep the order of the chunks by size and, in all, hold every kind of layer. Where some chunk
+    of the real model keeps what other layers of it recompute, the largest has two at least."""
+    chunks = layout.pp * layout.chunks
     kinds = [(model.window(i), model.is_moe(i)) for i in range(model.layers)]
     every = max(kinds.index(kind) for kind in set(kinds)) + 1
-    return min(model.layers, max(2, every, layout.pp * layout.chunks))
+    keeps_some = _recomputes_part(model, layout)
+    if layout.stage_layers is None:
+        return even_counts(min(model.layers, max(2, every, chunks + keeps_some)), chunks)
+    sizes = sorted(set(layout.stage_layers))
+    fewest = 2 if keeps_some and len(sizes) == 1 else 1
+    counts = tuple(sizes.index(held) + fewest for held in layout.stage_layers)
+    while sum(counts) < every:
+        counts = tuple(n + 1 if n == max(counts) else n for n in counts)
+    fits = all(n <= held for n, held in zip(counts, layout.stage_layers, strict=True))
+    return counts if fits else layout.stage_layers
+
+
+def _recomputes_part(model: Model, layout: Layout) -> bool:
+    """Whether some chunk of the real model keeps what other layers of it recompute."""
+    held = layout.stage_layers or even_counts(model.layers, layout.pp * layout.chunks)
+    return layout.recompute_layers is not None and layout.recompute_layers < max(held)
+
+
+def _recomputed(model: Model, layout: Layout, most: int) -> int | None:
+    """Of the layers of each chunk, `most` in the largest: not all, where a real chunk keeps some, else all."""
+    if layout.recompute_layers is None:
+        return None
+    return min(layout.recompute_layers, max(1, most - 1) if _recomputes_part(model, layout) else most)
 
 
 def _kv_heads(model: Model, tp: int, ulysses: int) -> int:
