@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from meshwright.models.attention import Where
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
+
+SETTLED = 0.1
+"""Seconds without a change."""
 
 
 class LiveStorages(TorchDispatchMode):
@@ -33,7 +37,15 @@ class LiveStorages(TorchDispatchMode):
         return out
 
     def alive(self) -> int:
-        """Bytes, each storage once."""
+        """Bytes, each storage once. A thread of gloo lets go of a collective's tensors a moment after it has reported the end, so
+        what is counted is what stays."""
+        before, now = -1, self._alive_now()
+        while now != before:
+            time.sleep(SETTLED)
+            before, now = now, self._alive_now()
+        return now
+
+    def _alive_now(self) -> int:
         return sum(size for storage, size in self.sizes.items() if not storage.expired())
 
 
