@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.models.attention import AttentionCore, Where
+from meshwright.models.norm import RMSNorm
 from meshwright.models.rotary import Rotary
 from meshwright.spec.model import Model
 
@@ -33,10 +34,10 @@ class LatentAttention(nn.Module):
         self.q = nn.Linear(model.hidden, queries, bias=False) if latent.q_rank is None else None
         if latent.q_rank is not None:
             self.q_down = nn.Linear(model.hidden, latent.q_rank, bias=model.qkv_bias)
-            self.q_down_norm = nn.RMSNorm(latent.q_rank, eps=LATENT_NORM_EPS)
+            self.q_down_norm = RMSNorm(latent.q_rank, LATENT_NORM_EPS)
             self.q_up = nn.Linear(latent.q_rank, queries, bias=False)
         self.kv_down = nn.Linear(model.hidden, latent.kv_rank + latent.rope_dim, bias=model.qkv_bias)
-        self.kv_down_norm = nn.RMSNorm(latent.kv_rank, eps=LATENT_NORM_EPS)
+        self.kv_down_norm = RMSNorm(latent.kv_rank, LATENT_NORM_EPS)
         self.kv_up = nn.Linear(latent.kv_rank, model.heads * (latent.nope_dim + latent.value_dim), bias=False)
         self.core = AttentionCore(window, latent_scale(model))
         self.out = nn.Linear(model.heads * latent.value_dim, model.hidden, bias=model.out_bias)
