@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from workers import build, local_batch
 
-from meshwright.models.attention import Where
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
@@ -56,12 +55,11 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 def kept_for_backward(model: Model, workload: Workload, layout: Layout) -> int:
     """Bytes alive on this rank between the forward and the backward of one micro-batch, beyond those before it."""
     engine = build(model, workload, layout)
-    (tokens, labels), (_, _) = local_batch(model, workload, engine)
-    chunk = engine.chunks[0]
-    chunk(tokens, Where())  # what is made once stays: tables of angles
-    given = tokens.clone()
+    batch, chunk = engine._share(*local_batch(model, workload, engine)[0]), engine.chunks[0]
+    chunk(batch.tokens, batch.where)  # what is made once stays: tables of angles
+    given = batch.tokens.clone()
     with LiveStorages() as live:
-        loss = engine.pipeline.loss(chunk(given, Where()), labels)
+        loss = engine.pipeline.loss(chunk(given, batch.where), batch.labels)
     kept = live.alive() + given.untyped_storage().nbytes() - loss.untyped_storage().nbytes()
     del loss
     return kept

@@ -59,7 +59,8 @@ class LatentAttention(nn.Module):
         kv = self.kv_up(self.kv_down_norm(latent_BLK)).unflatten(-1, (-1, self.nope_dim + self.value_dim)).transpose(1, 2)
         nope_BHLN, v_BHLE = kv.split((self.nope_dim, self.value_dim), dim=-1)
         rope_B1LR = self.rotary(rope_BLR.unsqueeze(1), where)  # one for all heads
-        return torch.cat((nope_BHLN, rope_B1LR.expand(-1, nope_BHLN.shape[1], -1, -1)), dim=-1), v_BHLE
+        k_BHLC = torch.cat((nope_BHLN, rope_B1LR.expand(-1, nope_BHLN.shape[1], -1, -1)), dim=-1)
+        return k_BHLC, v_BHLE.contiguous()  # a view would keep all of kv for backward
 
 
 def latent_scale(model: Model) -> float:
