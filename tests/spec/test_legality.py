@@ -214,7 +214,7 @@ def test_a_mode_that_is_built_is_not_refused(layout: str) -> None:
 
 
 def test_recompute_of_an_activation_that_keeps_only_its_output_is_refused() -> None:
-    layout, plain_relu = parse_layout("ac:activation"), replace(GPT2, activation="relu")
+    layout, plain_relu = parse_layout("ac:activation"), replace(GPT2, gated=False, activation="relu")
     with pytest.raises(UserError, match=r"^ac:activation would change nothing for .*: relu .*; try ac:norms or ac:mlp$"):
         check_layout(layout, plain_relu, Workload(seq=32, global_batch=8))
     check_layout(layout, GPT2, Workload(seq=32, global_batch=8))
