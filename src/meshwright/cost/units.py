@@ -27,6 +27,12 @@ def unit_buffer_bytes(program: Program, layout: Layout) -> int:
     return WIDTH[layout.precision] * sum(numel * count for numel, count in most.items())
 
 
+def unit_elements(program: Program, layout: Layout, here: str, coming: str | None) -> list[int]:
+    """Elements of each buffer that is in use while the parameters of `here` are there and those of `coming` are on their way."""
+    kept, ahead = _parts(program, layout)
+    return [*kept.get(here, ()), *ahead.get(here, ()), *(ahead.get(coming, ()) if coming and coming != "embedding" else ())]
+
+
 def _parts(program: Program, layout: Layout) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """Elements of each part of each unit: of those that are only cast, and of those that are gathered or read, which come ahead."""
     kept: dict[str, list[int]] = {}
