@@ -92,9 +92,8 @@ class TracedStep(Step):
         if action.micro_batch in self.plan.run:
             self._run(action, super().backward)
             return
-        i, chunk = part = action.micro_batch, action.chunk
-        gradient = None
-        if not self.schedule.is_last(self.stage, chunk):
+        part, gradient = (action.micro_batch, action.chunk), None
+        if not self.schedule.is_last(self.stage, action.chunk):
             self._arrive(action.of(Kind.RECV_BACKWARD))
             gradient = self.gradients.pop(part)
         self._replay(action, gradient)
@@ -124,6 +123,10 @@ class TracedStep(Step):
             super().drain()
             self.leaving.clear()
         self.recorder.start("end of backward")
+
+    def _let_go(self) -> None:
+        """What was sent is through when the stage next communicates: it has computed in between."""
+        self.leaving.clear()
 
     def _run(self, action: Action, run: Callable[[Action], None]) -> None:
         is_forward = action.kind is Kind.FORWARD
