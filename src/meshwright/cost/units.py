@@ -1,4 +1,5 @@
-"""The buffers in which parameters are whole, or in the dtype of the computation, while they are used (`parallel/units.py`)."""
+"""The buffers in which parameters are whole, or in the dtype of the computation, while they are used (`parallel/units.py`), and those
+in which gradients are whole until they are reduced (`parallel/data.py`)."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from meshwright.cost.offload import keeps_parameters_away
 from meshwright.cost.program import Program
 from meshwright.schedule.buckets import Bucket, unit_of
 from meshwright.spec.layout import Layout
-from meshwright.spec.precision import WIDTH
+from meshwright.spec.precision import WIDTH, StateBytes
 
 
 def unit_buffer_bytes(program: Program, layout: Layout) -> int:
     """A unit's parameters are brought while those of the one before are there; buffers are kept for the next of the same size, so of
-    each size there are as many as are ever in use at once. To the byte."""
+    each size there are as many as are ever in use at once. Of parameters to the byte; gradients as if those of a unit came together."""
     kept, ahead = _parts(program, layout)
     most: Counter[int] = Counter()
     for order in program.units:
@@ -24,7 +25,43 @@ def unit_buffer_bytes(program: Program, layout: Layout) -> int:
         for here, coming in (*pairwise(order), *backward, *((unit, None) for unit in order)):
             live = Counter([*kept.get(here, ()), *ahead.get(here, ()), *(ahead.get(coming, ()) if coming else ())])
             most |= live
-    return WIDTH[layout.precision] * sum(numel * count for numel, count in most.items())
+    parameters = WIDTH[layout.precision] * sum(numel * count for numel, count in most.items())
+    return parameters + _gradient_buffer_bytes(program, layout)
+
+
+REDUCTIONS = 2
+"""Under way at once: `IN_FLIGHT` of `parallel/data.py`, which must not be imported here."""
+
+
+def _gradient_buffer_bytes(program: Program, layout: Layout) -> int:
+    """From ZeRO-2 on a bucket's gradients are whole from the first to come until two more reductions have begun; from the second
+    micro-batch on each ends in a buffer of the rank's part, to be added."""
+    backward = [unit for order in reversed(program.units) for unit in reversed(order)]
+    passing = [b for b in program.buckets if layout.zero >= 2 and b.cuts > 1]
+    touched = {id(b): [at for at, unit in enumerate(backward) if unit in _touches(b, program)] for b in passing}
+    used: Counter[int] = Counter()
+    most: Counter[int] = Counter()
+    pending: list[Bucket] = []
+    for at in range(len(backward)):
+        for bucket in passing:
+            if touched[id(bucket)][:1] == [at]:
+                used[bucket.numel] += 1
+        most |= used
+        for bucket in passing:
+            if touched[id(bucket)][-1:] == [at]:
+                if len(pending) == REDUCTIONS:
+                    done = pending.pop(0)
+                    used -= Counter([done.numel, done.owned])
+                pending.append(bucket)
+                used[bucket.owned] += 1
+                most |= used
+    return StateBytes.of(layout).gradient * sum(numel * count for numel, count in most.items())
+
+
+def _touches(bucket: Bucket, program: Program) -> set[str]:
+    """The units in whose backward its gradients come. The last norm's come with the head's."""
+    ends = {order[-1] for order in program.units}
+    return {unit if (unit := unit_of(shard.name)) != "norm" else end for shard in bucket.shards for end in ends}
 
 
 def _parts(program: Program, layout: Layout) -> tuple[dict[str, list[int]], dict[str, list[int]]]:

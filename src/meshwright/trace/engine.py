@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from meshwright.models.attention import AttentionCore
 from meshwright.models.moe import LocalDispatch
 from meshwright.parallel.apply import Engine, Sequences, apply
 from meshwright.parallel.expert import ExpertParallelDispatch
@@ -31,6 +32,7 @@ from meshwright.spec.layout import Layout
 from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
+from meshwright.trace.kernels import narrow_attention
 from meshwright.trace.paths import Paths
 from meshwright.trace.recorder import Recorder, TracedLedger
 from meshwright.trace.result import Change, Section, StageTrace, Work
@@ -103,6 +105,7 @@ def _run(
         optimizer = Optimizer(Recipe(), engine.state)
         _classify_state(recorder, engine, optimizer)
         _balance_experts(engine, layout, workload)
+        _stand_in_for_kernels(engine, recorder)
         _remember_paths(engine.pipeline.weights, recorder.paths)
         plan = Plan(engine.pipeline.schedule, stage, everything=everything)
         engine.pipeline.step_type = partial(TracedStep, recorder, plan)  # type: ignore[assignment]
@@ -225,6 +228,15 @@ def _equal_counts(rows: int, counts: Tensor) -> Any:
 
 def _shares(total: int, parts: int) -> list[int]:
     return [total // parts + (part < total % parts) for part in range(parts)]
+
+
+def _stand_in_for_kernels(engine: Engine, recorder: Recorder) -> None:
+    """Where values are narrower than keys, CPUs have no fused attention, and the engine widens the values; GPUs have one, and it is
+    their memory that a trace is about."""
+    for chunk in engine.chunks:
+        for module in chunk.modules():
+            if isinstance(module, AttentionCore):
+                module.kernel = partial(narrow_attention, recorder)
 
 
 def _remember_paths(weights: WeightGradients, paths: Paths) -> None:
