@@ -7,7 +7,7 @@ import sys
 import typer
 
 from meshwright import __version__
-from meshwright.cli import bench, catalogue, compare, cost, estimate, layout, plan, train, verify
+from meshwright.cli import bench, catalogue, compare, cost, estimate, layout, plan, trace, train, verify
 from meshwright.spec.errors import UserError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("plan")(plan.plan)
 app.command("estimate")(estimate.estimate)
+app.command("trace")(trace.trace)
 app.command("verify")(verify.verify)
 app.command("train")(train.train)
 app.command("bench")(bench.bench)

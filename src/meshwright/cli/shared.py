@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def print_json(value: dict[str, Any] | list[Any]) -> None:
     print(json.dumps(value, indent=1))
+
+
+def say(what: str) -> None:
+    """Progress, where a person watches."""
+    if sys.stderr.isatty():
+        print(what, file=sys.stderr, flush=True)
 
 
 def show(renderable: Any) -> None:

@@ -440,7 +440,7 @@ def head_piece(model: Model, layout: Layout, seq: int, tp_rank: int) -> Piece:
     backward: tuple[Op, ...] = (Elementwise("loss", logits * (2 * exact + s.q)), *head.backward, s.norm_backward)
     labels = 10 * s.T if layout.tp > 1 else 0  # their rows on this rank, and which count and which have one here
     saved = 2 * s.residual_bytes + s.t * s.statistics * s.exact + logits * exact + labels
-    return Piece("head", forward, backward, saved, working_bytes=logits * (exact + s.q))
+    return Piece("head", forward, backward, saved, working_bytes=logits * (s.q + (exact if s.q < exact else 0)))
 
 
 def _up_to_last_saved(forward: tuple[Op, ...]) -> tuple[Op, ...]:

@@ -15,7 +15,7 @@ from meshwright.spec.precision import WIDTH, StateBytes
 
 def unit_buffer_bytes(program: Program, layout: Layout) -> int:
     """A unit's parameters are brought while those of the one before are there; buffers are kept for the next of the same size, so of
-    each size there are as many as are ever in use at once. Of parameters to the byte; gradients as if those of a unit came together."""
+    each size there are as many as are ever in use at once. Of parameters to the byte; gradients as if those of a unit came evenly."""
     kept, ahead = _parts(program, layout)
     most: Counter[int] = Counter()
     for order in program.units:
@@ -36,32 +36,47 @@ REDUCTIONS = 2
 def _gradient_buffer_bytes(program: Program, layout: Layout) -> int:
     """From ZeRO-2 on a bucket's gradients are whole from the first to come until two more reductions have begun; from the second
     micro-batch on each ends in a buffer of the rank's part, to be added."""
-    backward = [unit for order in reversed(program.units) for unit in reversed(order)]
-    passing = [b for b in program.buckets if layout.zero >= 2 and b.cuts > 1]
-    touched = {id(b): [at for at, unit in enumerate(backward) if unit in _touches(b, program)] for b in passing}
+    if layout.zero < 2:
+        return 0
+    passing = [bucket for bucket in program.buckets if bucket.cuts > 1]
+    times = _gradient_times(program)
+    moments = sorted(
+        (at, is_last, index)
+        for index, bucket in enumerate(passing)
+        for is_last, at in enumerate((min(held), max(held)) if (held := times[id(bucket)]) else ())
+    )
     used: Counter[int] = Counter()
     most: Counter[int] = Counter()
     pending: list[Bucket] = []
-    for at in range(len(backward)):
-        for bucket in passing:
-            if touched[id(bucket)][:1] == [at]:
-                used[bucket.numel] += 1
+    for _, is_last, index in moments:
+        bucket = passing[index]
+        if is_last:
+            if len(pending) == REDUCTIONS:
+                done = pending.pop(0)
+                used -= Counter([done.numel, done.owned])
+            pending.append(bucket)
+            used[bucket.owned] += 1
+        else:
+            used[bucket.numel] += 1
         most |= used
-        for bucket in passing:
-            if touched[id(bucket)][-1:] == [at]:
-                if len(pending) == REDUCTIONS:
-                    done = pending.pop(0)
-                    used -= Counter([done.numel, done.owned])
-                pending.append(bucket)
-                used[bucket.owned] += 1
-                most |= used
     return StateBytes.of(layout).gradient * sum(numel * count for numel, count in most.items())
 
 
-def _touches(bucket: Bucket, program: Program) -> set[str]:
-    """The units in whose backward its gradients come. The last norm's come with the head's."""
-    ends = {order[-1] for order in program.units}
-    return {unit if (unit := unit_of(shard.name)) != "norm" else end for shard in bucket.shards for end in ends}
+def _gradient_times(program: Program) -> dict[int, list[float]]:
+    """By bucket, when each of its gradients comes: the unit's place in backward, and the shard's among those of the unit that are
+    treated alike, which are planned in the order of backward. The last norm's come with the head's."""
+    backward = [unit for order in reversed(program.units) for unit in reversed(order)]
+    kinds = [
+        (b, (b.decay, b.replicas, b.partial, b.routed, unit_of(shard.name))) for b in program.buckets for shard in b.shards
+    ]
+    number, seen = Counter(kind for _, kind in kinds), Counter[tuple[object, ...]]()
+    out: dict[int, list[float]] = {id(b): [] for b in program.buckets}
+    for bucket, kind in kinds:
+        seen[kind] += 1
+        unit = str(kind[-1])
+        places = [at for at, name in enumerate(backward) if name == unit] or [0]
+        out[id(bucket)] += [at + (seen[kind] - 1) / number[kind] for at in places]
+    return out
 
 
 def _parts(program: Program, layout: Layout) -> tuple[dict[str, list[int]], dict[str, list[int]]]:

@@ -83,9 +83,7 @@ class AttentionCore(nn.Module):
         padded = narrower > 0 and q_BHLC.device.type == "cpu" and self.kernel is F.scaled_dot_product_attention
         if padded:  # the fused kernel of CPUs wants keys and values of one width
             v_BKLE = F.pad(v_BKLE, (0, narrower))
-        y_BHLE = self.kernel(
-            q_BHLC, k_BKLC, v_BKLE, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=grouped
-        )
+        y_BHLE = self.kernel(q_BHLC, k_BKLC, v_BKLE, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=grouped)
         return y_BHLE[..., :out_width]
 
 

@@ -152,14 +152,18 @@ class Schedule:
             for action in self.actions[stage]
         )
 
-    def peak(self, stage: int, sizes: Sequence[int]) -> int:
+    def peak(self, stage: int, sizes: Sequence[int], deferred: Sequence[int] | None = None) -> int:
         """The most that a stage holds at once, when a forward of chunk i keeps `sizes[i]`. A split backward keeps it until the
-        weights' half is done: the inputs of the linears, which that half needs, are most of it."""
+        weights' half is done, or `deferred[i]` where that is more: the inputs of the linears and the gradients of their outputs, which
+        that half needs, whether they were kept or made again."""
         held = most = 0
+        later = [max(pair) for pair in zip(sizes, deferred or sizes, strict=True)]
         for action in self.actions[stage]:
             held += sizes[action.chunk] * (action.kind is Kind.FORWARD)
+            held += (later[action.chunk] - sizes[action.chunk]) * (action.kind is Kind.BACKWARD_INPUT)
             most = max(most, held)
-            held -= sizes[action.chunk] * (action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT))
+            held -= sizes[action.chunk] * (action.kind is Kind.BACKWARD)
+            held -= later[action.chunk] * (action.kind is Kind.BACKWARD_WEIGHT)
         return most
 
     @cached_property

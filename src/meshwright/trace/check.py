@@ -22,6 +22,8 @@ from meshwright.spec.workload import Workload
 from meshwright.trace.result import Attended, Product, Section, Sent, StageTrace, Work
 
 PASSES = {"forward": (Kind.FORWARD,), "backward": (Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)}
+SCALAR = 8
+"""Bytes: losses, and what stands for a parameter that is not there, are left out of what a forward keeps."""
 STATE = ("parameters", "gradients", "optimizer")
 _SETS = ("attention.qkv", "mlp.gate_up", "moe.shared.gate_up", "head", "moe.experts")
 """Modules that compute several of the program's products."""
@@ -99,7 +101,9 @@ def _saved(traced: StageTrace, program: Program, model: Model, layout: Layout, w
     hidden = tokens * model.hidden * STATE_BYTES[layout.precision].parameter // (layout.tp if layout.sp else 1)
     for number, chunk in enumerate(stage_chunks(model.layers, layout)[traced.stage]):
         work = _typical(traced, Kind.FORWARD, number)
-        kept = sum(s.nbytes for s, sign in work.net.items() if sign > 0 and s.category in ("activations", "logits") and s.shape)
+        kept = sum(
+            s.nbytes for s, sign in work.net.items() if sign > 0 and s.category == "activations" and s.nbytes > SCALAR
+        )
         given = tokens * 8 if chunk.first else hidden
         said = sum(piece.saved_bytes * repeat for piece, repeat in program.chunks[number])
         yield Line("saved by a forward", f"chunk {number}", "bytes", kept + given, said)

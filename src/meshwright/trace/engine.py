@@ -63,6 +63,8 @@ def trace_ranks(
     check_layout(layout, model, workload)
     refuse_unbuilt(layout)
     _refuse_untraced(layout)
+    # A bucket of two chunks is reduced by whichever gives its last gradient, which depends on the order of all micro-batches.
+    every_micro_batch = every_micro_batch or (layout.zero >= 2 and layout.chunks > 1)
     grid, alike = Grid(layout), {s: members for members in alike_stages(model, layout) for s in members}
     known: dict[object, _Known] = {}
     out = []

@@ -28,7 +28,9 @@ def narrow_attention(recorder: Recorder, q_BHLC: Tensor, k_BKLC: Tensor, v_BKLE:
 
 class _NarrowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BHLC: Tensor, k_BKLC: Tensor, v_BKLE: Tensor, mask: Tensor | None, recorder: Recorder) -> Tensor:
+    def forward(
+        ctx: Any, q_BHLC: Tensor, k_BKLC: Tensor, v_BKLE: Tensor, mask: Tensor | None, recorder: Recorder
+    ) -> Tensor:
         (B, H, L, _), E = q_BHLC.shape, v_BKLE.shape[3]
         y_BHLE = q_BHLC.new_empty(B, L, H, E).transpose(1, 2)
         lse_BHL = q_BHLC.new_empty(B, H, L, dtype=torch.promote_types(q_BHLC.dtype, torch.float32))

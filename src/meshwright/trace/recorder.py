@@ -145,7 +145,6 @@ class Recorder(TorchDispatchMode):
         storage = self._seen.pop(key)[1]
         self._live.discard(storage)
         if storage in self._travels:
-            self._travels.discard(storage)
             self._own.events.append(Change(storage, -1))
         else:
             self.add(Change(storage, -1))

@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from meshwright.schedule.actions import Action
+from meshwright.spec.layout import Layout
+from meshwright.spec.workload import Workload
 
 Category = Literal[
     "parameters", "gradients", "optimizer", "buffers", "data", "boundary", "activations", "logits", "temporary"
@@ -25,8 +27,8 @@ CATEGORIES: tuple[Category, ...] = (
 buffers      flat tensors in which parameters are brought or gradients pass to be reduced, tables of angles, counters of experts
 data         token ids and labels
 boundary     hidden states and their gradients, received or to be sent
-activations  made by a forward and there when it is over
-logits       likewise, by the head and the loss
+activations  made by a forward and there when it is over, the softmax of the logits among them; and, of a split backward, what its second
+             half needs of the first
 temporary    gone when the forward, the backward or the update that made them is over
 """
 
@@ -250,6 +252,62 @@ class StageTrace:
     @cached_property
     def _times(self) -> Counter[Work]:
         return Counter(part for section in self.sections for part in section.parts)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Steps of some ranks of one layout."""
+
+    model: str
+    layout: Layout
+    workload: Workload
+    stages: tuple[StageTrace, ...]
+
+    @property
+    def fullest(self) -> StageTrace:
+        return max(self.stages, key=lambda stage: stage.peak_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "model": self.model,
+            "layout": str(self.layout),
+            "world": self.layout.world,
+            "seq": self.workload.seq,
+            "global_batch": self.workload.global_batch,
+            "stages": [_stage_dict(stage) for stage in self.stages],
+        }
+
+
+LARGEST = 20
+"""Kinds of live tensors in `--json`."""
+
+
+def _stage_dict(stage: StageTrace) -> dict[str, Any]:
+    peak = stage.peak
+    return {
+        "stage": stage.stage,
+        "rank": stage.rank,
+        "peak_bytes": peak.nbytes,
+        "peak_at": {"section": peak.section, "path": peak.path},
+        "categories": peak.categories,
+        "largest": [
+            {
+                "count": n,
+                "bytes": s.nbytes,
+                "category": s.category,
+                "path": s.path,
+                "dtype": s.dtype,
+                "shape": list(s.shape),
+            }
+            for s, n in peak.largest[:LARGEST]
+        ],
+        "collectives": [dict(zip(("axis", "op", "group_size", "count", "bytes"), row, strict=True)) for row in stage.sent],
+        "matmul_flops": stage.flops,
+        "memory": [
+            {"section": section.name, "replayed": section.replayed, "bytes": held} for section, held in stage.through_time()
+        ],
+    }
 
 
 def _by_category(live: Counter[Storage]) -> dict[str, int]:

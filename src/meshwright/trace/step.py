@@ -19,7 +19,7 @@ from meshwright.schedule.actions import Action, Kind, Schedule
 from meshwright.schedule.check import batches
 from meshwright.trace.paths import BACKWARD
 from meshwright.trace.recorder import Recorder
-from meshwright.trace.result import Storage, Work
+from meshwright.trace.result import Category, Storage, Work
 
 RUN = 3
 """From the third on a micro-batch finds all buffers made, and gradients to add to."""
@@ -130,7 +130,7 @@ class TracedStep(Step):
 
     def _run(self, action: Action, run: Callable[[Action], None]) -> None:
         is_forward = action.kind is Kind.FORWARD
-        category = "activations" if is_forward else "temporary"
+        category: Category = "activations" if is_forward or action.kind is Kind.BACKWARD_INPUT else "temporary"
         with self.recorder.section(str(action), action, category) as work:
             outside = "loss" if is_forward and self.schedule.is_last(self.stage, action.chunk) else "decoder"
             with self.recorder.paths.at(outside if is_forward else BACKWARD):
