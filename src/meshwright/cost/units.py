@@ -43,7 +43,7 @@ def _gradient_buffer_bytes(program: Program, layout: Layout) -> int:
     moments = sorted(
         (at, is_last, index)
         for index, bucket in enumerate(passing)
-        for is_last, at in enumerate((min(held), max(held)) if (held := times[id(bucket)]) else ())
+        for is_last, at in enumerate((min(times[id(bucket)]), max(times[id(bucket)])))
     )
     used: Counter[int] = Counter()
     most: Counter[int] = Counter()

@@ -1,7 +1,7 @@
 """A dry run as a Chrome trace, which Perfetto and chrome://tracing show: one process a stage, with a counter of memory.
 
-Format: "Trace Event Format" (Google, 2016): complete events `X`, counters `C`, times in microseconds. A dry run has an order but no clock, so each
-event takes one microsecond: the length of an action is how many events it has.
+Format: "Trace Event Format" (Google, 2016): complete events `X`, counters `C`, times in microseconds. A dry run has an order but no
+clock, so each event takes one microsecond: the length of an action is how many events it has.
 """
 
 from __future__ import annotations
