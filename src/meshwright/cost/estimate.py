@@ -11,7 +11,7 @@ from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
 from meshwright.cost.gradients import STEADY, gradient_buffer_bytes
 from meshwright.cost.kernels import Kernels
-from meshwright.cost.memory import StageMemory, passing_bytes, stage_memory, state_bytes
+from meshwright.cost.memory import StageMemory, in_flight_bytes, passing_bytes, stage_memory, state_bytes
 from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
 from meshwright.cost.ops import PART, Attention, Collective, Elementwise, Gemm, Op, Piece, Under
 from meshwright.cost.practice import OWN, Practice
@@ -235,11 +235,10 @@ class Estimator:
             ]
             whole = self._passing(self.durations(pieces, layout, shared=False), state.passes)
             end = max(end, self._exposed_reduction(state.reductions, whole) + state.rest)
-            saved = [sum(piece.saved_bytes * repeat for piece, repeat in chunk) for chunk in chunks]
             for stage in members:
                 seconds[stage] = [ChunkSeconds(d.forward, d.backward, d.weight) for d in each]
                 sent = sum(c.bytes for c in boundary(self.model, layout, self.workload.seq, stage))
-                passing = passing_bytes(pieces, schedule.peak(stage, saved), sent)
+                passing = passing_bytes(pieces, in_flight_bytes(chunks, schedule, stage, layout), sent)
                 peak = max(peak, state.bytes + sum(passing.values()) + self.overhead)
             if self.cluster.node.compute_slots is not None:
                 busy = self.durations(pieces, layout, shared=True)
