@@ -4,8 +4,8 @@
 
 The loop over parameters is that of its `llm-optimal-execution -m --no-tp-overlap`, without its pool of processes; each set of
 parameters goes to its `OptimalExecution.search`. CHECKOUT is a clone of its repository, for the efficiency curves of
-systems/a100_80g.json; peak rates, memory and bandwidths are the problem's. Its second memory tier is off: no offloading. The sets come in a shuffled
-order, the same every time: what is done when SECONDS of CPU time have passed is a sample of them all.
+systems/a100_80g.json; peak rates, memory and bandwidths are the problem's. Its second memory tier is off: no offloading.
+The sets come in a shuffled order, the same every time: what is done when SECONDS of CPU time have passed is a sample of them.
 """
 
 import json
