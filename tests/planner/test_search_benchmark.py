@@ -17,7 +17,7 @@ from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.workload import Workload
 
-SMALL = search.Problem("gpt3-6.7b", "a100-superpod", 16, 2048, 16)
+SMALL = search.Problem("gpt3-6.7b", "a100-superpod", 8, 2048, 8)
 
 
 def test_the_narrow_search_finds_the_best_of_what_it_says_it_covers() -> None:
@@ -45,7 +45,7 @@ def test_a_peers_layout_is_priced_here_too_and_its_failure_is_a_row() -> None:
         "share": 0.5,
         "step_time_s": 1.5,
         "layout": {
-            "dp": 4,
+            "dp": 2,
             "tp": 2,
             "sp": True,
             "pp": 2,
@@ -57,7 +57,7 @@ def test_a_peers_layout_is_priced_here_too_and_its_failure_is_a_row() -> None:
     }
     told = "import json, sys; assert json.load(sys.stdin)['machine']['network_bandwidth'] == 25e9; print(sys.argv[1])"
     row = search.theirs([sys.executable, "-c", told, json.dumps(answer)], SMALL)
-    assert row["layout"] == "dp4:zero1 tp2:sp pp2x2:interleaved mb1 ac:selective bf16"
+    assert row["layout"] == "dp2:zero1 tp2:sp pp2x2:interleaved mb1 ac:selective bf16"
     assert row["our_step_time_s"] > 0
     failed = search.theirs([sys.executable, "-c", "raise SystemExit('no such planner')"], SMALL)
     assert failed == {"failed": ["no such planner"]}
