@@ -508,7 +508,7 @@ class Estimator:
         bare = self.durations(program.pieces, layout, shared=False)
         for calls, work in ((program.gathers[0], bare.forward), ((*program.gathers[1], *program.scatters), bare.backward)):
             together = sum(self.times.seconds(c) for c in calls)
-            share = min(1.0, work / together) if together and self.times.hides else 0.0
+            share = 1 - self._beside(together, work) / together if together and self.times.hides else 0.0
             for c in calls:
                 key = (c.axis, c.op, c.group_size)
                 hidden[key] = hidden.get(key, 0.0) + self.times.seconds(c) * share * m
