@@ -200,7 +200,9 @@ class Estimator:
         floor = self._shared_floor(layout, [(programs[stage].pieces, count) for stage, count in kinds])
         timeline = play(schedule, [self._chunk_seconds(p, layout) for p in programs], send, wound)
         end = max(self._step_end(p, layout, d) for p, d in zip(programs, alone, strict=True))
-        step = max(timeline.end, floor) + end
+        # On the timeline no send waits for another, but a stage has one link, which they all share.
+        sending = max(len(p.boundary) for p in programs) * schedule.micro_batches * send
+        step = max(timeline.end, floor, sending) + end
         # Between fill and drain a send runs beside computation; filling and draining wait for one hop a stage each.
         costs = self._collective_costs(programs, layout, alone, exposed_sends=2 * (layout.pp - 1) * send)
         compute = max(d.compute for d in alone) * schedule.micro_batches
@@ -224,6 +226,7 @@ class Estimator:
         schedule = layout_order(layout, m)
         turns = wound_order(layout.schedule, layout.pp, m, layout.chunks)
         seconds: list[list[ChunkSeconds]] = [[] for _ in range(layout.pp)]
+        send, most = self.send_seconds(layout), 0
         end = peak = floor = 0.0
         for members in alike_stages(self.model, layout):
             state = self._state(layout, members[0])
@@ -237,13 +240,15 @@ class Estimator:
             end = max(end, self._exposed_reduction(state.reductions, whole) + state.rest)
             for stage in members:
                 seconds[stage] = [ChunkSeconds(d.forward, d.backward, d.weight) for d in each]
-                sent = sum(c.bytes for c in boundary(self.model, layout, self.workload.seq, stage))
-                passing = passing_bytes(pieces, in_flight_bytes(chunks, schedule, stage, layout), sent)
+                sends = boundary(self.model, layout, self.workload.seq, stage)
+                most = max(most, len(sends))
+                held = in_flight_bytes(chunks, schedule, stage, layout)
+                passing = passing_bytes(pieces, held, sum(c.bytes for c in sends))
                 peak = max(peak, state.bytes + sum(passing.values()) + self.overhead)
             if self.cluster.node.compute_slots is not None:
                 busy = self.durations(pieces, layout, shared=True)
                 floor += (busy.forward + busy.backward) * len(members) * m / layout.pp
-        step = max(play_end(turns, seconds, self.send_seconds(layout)), floor if layout.world > 1 else 0.0) + end
+        step = max(play_end(turns, seconds, send), floor if layout.world > 1 else 0.0, most * m * send) + end
         return Price(step, int(peak), peak <= self.cluster.accelerator.memory_bytes)
 
     def _state(self, layout: Layout, stage: int) -> _State:
@@ -511,7 +516,7 @@ class Estimator:
         bare = self.durations(program.pieces, layout, shared=False)
         for calls, work in ((program.gathers[0], bare.forward), ((*program.gathers[1], *program.scatters), bare.backward)):
             together = sum(self.times.seconds(c) for c in calls)
-            share = min(1.0, work / together) if together and self.times.hides else 0.0
+            share = 1 - self._beside(together, work) / together if together and self.times.hides else 0.0
             for c in calls:
                 key = (c.axis, c.op, c.group_size)
                 hidden[key] = hidden.get(key, 0.0) + self.times.seconds(c) * share * m
