@@ -21,9 +21,9 @@ from meshwright.spec.precision import STATE_BYTES
 from meshwright.spec.workload import Workload
 from meshwright.trace.result import Attended, Product, Section, Sent, StageTrace, Work
 
-PASSES = {"forward": (Kind.FORWARD,), "backward": (Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)}
-SCALAR = 8
-"""Bytes: losses, and what stands for a parameter that is not there, are left out of what a forward keeps."""
+PASSES = {"forward": (Kind.FORWARD,), "backward": (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)}
+SCALARS = ((), (1,))
+"""Shapes of losses, and of what stands for a parameter that is not there: left out of what a forward keeps."""
 STATE = ("parameters", "gradients", "optimizer")
 _SETS = ("attention.qkv", "mlp.gate_up", "moe.shared.gate_up", "head", "moe.experts")
 """Modules that compute several of the program's products."""
@@ -102,7 +102,7 @@ def _saved(traced: StageTrace, program: Program, model: Model, layout: Layout, w
     for number, chunk in enumerate(stage_chunks(model.layers, layout)[traced.stage]):
         work = _typical(traced, Kind.FORWARD, number)
         kept = sum(
-            s.nbytes for s, sign in work.net.items() if sign > 0 and s.category == "activations" and s.nbytes > SCALAR
+            s.nbytes for s, sign in work.net.items() if sign > 0 and s.category == "activations" and s.shape not in SCALARS
         )
         given = tokens * 8 if chunk.first else hidden
         said = sum(piece.saved_bytes * repeat for piece, repeat in program.chunks[number])
@@ -114,7 +114,10 @@ def _passes(
 ) -> Iterator[Line]:
     """Products, attention and collectives of one micro-batch on each chunk."""
     for number, pieces in enumerate(program.chunks):
-        works = [_typical(traced, kind, number) for kind in kinds if _has(traced, kind, number)]
+        whole = (
+            _has(traced, Kind.BACKWARD, number) and name == "backward"
+        )  # some schedules split the backward of some micro-batches
+        works = [_typical(traced, kind, number) for kind in ((Kind.BACKWARD,) if whole else kinds)]
         seen, said = _seen(works, layout), _said(pieces, name, model, layout)
         for key in sorted({*seen, *said}):
             yield Line(f"{name} of chunk {number}", key, "calls", seen[key], said[key])

@@ -36,7 +36,7 @@ from meshwright.trace.kernels import narrow_attention
 from meshwright.trace.paths import Paths
 from meshwright.trace.recorder import Recorder, TracedLedger
 from meshwright.trace.result import Change, Section, StageTrace, Work
-from meshwright.trace.step import Done, Key, Plan, TracedStep
+from meshwright.trace.step import Plan, TracedStep
 from meshwright.train.optimizer import Optimizer
 from meshwright.train.recipe import Recipe
 
@@ -63,8 +63,7 @@ def trace_ranks(
     check_layout(layout, model, workload)
     refuse_unbuilt(layout)
     _refuse_untraced(layout)
-    # A bucket of two chunks is reduced by whichever gives its last gradient, which depends on the order of all micro-batches.
-    every_micro_batch = every_micro_batch or (layout.zero >= 2 and layout.chunks > 1)
+    every_micro_batch = every_micro_batch or _are_entangled(layout, micro_batches(layout, workload))
     grid, alike = Grid(layout), {s: members for members in alike_stages(model, layout) for s in members}
     known: dict[object, _Known] = {}
     out = []
@@ -83,17 +82,19 @@ def trace_ranks(
     return tuple(out)
 
 
+def _are_entangled(layout: Layout, micro_batches: int) -> bool:
+    """Whether what one micro-batch does depends on which others are between its forward and the end of its backward. From ZeRO-2 on
+    gradients pass through buffers and reductions that all share: chunks may fill one bucket together, and where backward is split, one
+    micro-batch's half comes between those of others."""
+    return layout.zero >= 2 and (layout.chunks > 1 or layout_schedule(layout, micro_batches).splits_backward)
+
+
 class _Known:
     """What a stage has shown, for stages like it."""
 
-    def __init__(self, sections: list[Section], done: dict[Key, Done], pipeline: Pipeline):
-        first = next(i for i, section in enumerate(sections) if section.name == "state") + 2
-        last = next(i for i in reversed(range(len(sections))) if sections[i].name == AFTER)
-        self.before, self.after, self.done = sections[:first], sections[last:], done
+    def __init__(self, sections: list[Section], plan: Plan, pipeline: Pipeline):
+        self.before, self.after, self.done = sections[: plan.first], sections[plan.last :], plan.done
         self.boundary, self.dtype, self.loss = pipeline.boundary, pipeline.dtype, pipeline.loss
-
-
-AFTER = "end of backward"
 
 
 def _run(
@@ -127,7 +128,7 @@ def _run(
             if storage.category == "activations":  # what outlives the step: tables of angles, counters of experts
                 storage.category = "buffers"
         sections = list(recorder.sections)
-        known = _Known(sections, plan.done, engine.pipeline)
+        known = _Known(sections, plan, engine.pipeline)
         del data, figures
     return StageTrace(stage, rank, tuple(sections)), known
 
@@ -143,10 +144,7 @@ def _replay(model: Model, layout: Layout, workload: Workload, rank: int, stage: 
     with FakeTensorMode(allow_non_fake_inputs=True), recorder, _without_collector():
         tokens = torch.empty(0)
         pipeline.run([MicroBatch(tokens, tokens)] * schedule.micro_batches, tokens)
-    recorder.stop()
-    first = next(i for i, section in enumerate(recorder.sections) if section.action is not None or "r" in section.name)
-    between = [s for s in recorder.sections[first:] if s.name != AFTER]
-    return StageTrace(stage, rank, (*known.before, *between, *known.after))
+    return StageTrace(stage, rank, (*known.before, *recorder.sections[plan.first : plan.last], *known.after))
 
 
 @contextmanager

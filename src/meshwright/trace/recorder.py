@@ -81,7 +81,7 @@ class Recorder(TorchDispatchMode):
     def travels(self, tensor: Tensor) -> Storage | None:
         """From here on the end of `tensor`'s storage is no part of an action's work, because another action may let go of it. Returns
         the storage, if it was made in the open section."""
-        storage = self._seen[tensor.untyped_storage()._cdata][1]
+        storage = self.storage(tensor)
         self._travels.add(storage)
         if storage.section != len(self.sections):
             return None
@@ -100,7 +100,13 @@ class Recorder(TorchDispatchMode):
         return tensor
 
     def classify(self, tensor: Tensor, category: Category) -> None:
-        self._seen[tensor.untyped_storage()._cdata][1].category = category
+        self.storage(tensor).category = category
+
+    def storage(self, tensor: Tensor) -> Storage:
+        return self._seen[tensor.untyped_storage()._cdata][1]
+
+    def is_live(self, storage: Storage) -> bool:
+        return storage in self._live
 
     @property
     def live(self) -> list[Storage]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from meshwright.parallel.pipeline import MicroBatch, Pipeline, Step
+from meshwright.parallel.pipeline import MicroBatch, Part, Pipeline, Step
 from meshwright.schedule.actions import Action, Kind, Schedule
 from meshwright.schedule.check import batches
 from meshwright.trace.paths import BACKWARD
@@ -30,10 +30,12 @@ Key = tuple[Kind, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What an action did, and the storage that it handed on."""
+    """What an action did, the storage that it handed on, and whether it left for the second half of a split backward what it was given
+    (input, gradient): the linear that is last in its chunk needs the gradient that came in."""
 
     work: Work
     handed: Storage | None
+    keeps: tuple[bool, ...]
 
 
 @dataclass
@@ -44,6 +46,9 @@ class Plan:
     stage: int
     done: dict[Key, Done] = field(default_factory=dict)
     everything: bool = False
+    first: int = 0
+    last: int = 0
+    """The sections that are the schedule's, from `first` to before `last`."""
 
     def __post_init__(self) -> None:
         self.keys = _keys(self.schedule, self.stage)
@@ -78,7 +83,10 @@ class TracedStep(Step):
     ) -> None:
         super().__init__(pipeline, data, scale)
         self.recorder, self.plan = recorder, plan
+        self.kept: dict[Part, list[Tensor]] = {}
+        """What came in, while the second half of a replayed backward needs it."""
         recorder.start("between")
+        plan.first = len(recorder.sections)
 
     def forward(self, action: Action) -> None:
         if action.micro_batch in self.plan.run:
@@ -92,11 +100,9 @@ class TracedStep(Step):
         if action.micro_batch in self.plan.run:
             self._run(action, super().backward)
             return
-        part, gradient = (action.micro_batch, action.chunk), None
         if not self.schedule.is_last(self.stage, action.chunk):
             self._arrive(action.of(Kind.RECV_BACKWARD))
-            gradient = self.gradients.pop(part)
-        self._replay(action, gradient)
+        self._replay(action)
 
     def backward_input(self, action: Action) -> None:
         if action.micro_batch in self.plan.run:
@@ -123,6 +129,7 @@ class TracedStep(Step):
             super().drain()
             self.leaving.clear()
         self.recorder.start("end of backward")
+        self.plan.last = len(self.recorder.sections)
 
     def _let_go(self) -> None:
         """What was sent is through when the stage next communicates: it has computed in between."""
@@ -131,6 +138,8 @@ class TracedStep(Step):
     def _run(self, action: Action, run: Callable[[Action], None]) -> None:
         is_forward = action.kind is Kind.FORWARD
         category: Category = "activations" if is_forward or action.kind is Kind.BACKWARD_INPUT else "temporary"
+        part = action.micro_batch, action.chunk
+        given = [self.recorder.storage(held[part]) for held in (self.inputs, self.gradients) if part in held]
         with self.recorder.section(str(action), action, category) as work:
             outside = "loss" if is_forward and self.schedule.is_last(self.stage, action.chunk) else "decoder"
             with self.recorder.paths.at(outside if is_forward else BACKWARD):
@@ -139,21 +148,25 @@ class TracedStep(Step):
                     self._mark(action)
             handed = self._handed(action)
             storage = None if handed is None else self.recorder.travels(handed)
-        self.plan.done[self.plan.keys[action]] = Done(work, storage)
+        keeps = tuple(self.recorder.is_live(each) for each in given)
+        self.plan.done[self.plan.keys[action]] = Done(work, storage, keeps)
 
     def _mark(self, action: Action) -> None:
         begin = self.graphs[action.micro_batch, action.chunk]
         if isinstance(begin, Tensor):
             self.recorder.paths.mark(begin)
 
-    def _replay(self, action: Action, gradient: Tensor | None = None) -> None:
+    def _replay(self, action: Action) -> None:
         done, part = self.plan.done[self.plan.keys[action]], (action.micro_batch, action.chunk)
         self.recorder.start(str(action), action, work=done.work)
         if action.kind.gives_input_gradient:
-            self.inputs.pop(part, None)
+            given = [held.pop(part) for held in (self.inputs, self.gradients) if part in held]
+            self.kept[part] = [each for each, keeps in zip(given, done.keeps, strict=True) if keeps]
+            given.clear()
+        elif action.kind is Kind.BACKWARD_WEIGHT:
+            self.kept.pop(part, None)
         if done.handed is not None:
             self._hand_on(action, self.recorder.stand_in(done.handed, self.pipeline.boundary, self.pipeline.dtype))
-        del gradient
         self.recorder.start("between")
 
     def _place(self, action: Action) -> tuple[dict[Any, Tensor], Any] | None:
