@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from meshwright.cost.economics import Bill
 from meshwright.cost.estimate import Estimate, Estimator
 from meshwright.planner.bill import Terms, training_bill
+from meshwright.planner.recompute import Fitted, fit_recompute
 from meshwright.planner.stages import Balanced, balance_stages
 from meshwright.schedule.stages import alike_stages, first_rank
 from meshwright.spec.catalogue import load_cluster
@@ -24,6 +25,7 @@ from meshwright.spec.layout import Layout, Precision
 from meshwright.spec.legality import check_world
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
+from meshwright.spec.sizes import parse_bytes
 from meshwright.spec.workload import Workload
 from meshwright.trace.result import Trace
 
@@ -95,6 +97,22 @@ def check(
     known = _model(model)
     traced = trace(model=known, layout=layout, seq=seq, global_batch=global_batch, progress=progress)
     return tuple(check_stage(stage, known, traced.layout, traced.workload) for stage in traced.stages)
+
+
+def recompute(
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    layout: str | Layout,
+    seq: int,
+    global_batch: int,
+    memory_budget: str | int,
+) -> Fitted:
+    """Choose what `layout` recomputes so that a rank stays within `memory_budget` (bytes, or such as "60GiB"), at the least cost in
+    time; other arguments as in `estimate`. Raises UserError when even recomputing all is not enough."""
+    parsed = parse_layout(layout) if isinstance(layout, str) else layout
+    estimator = Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch))
+    return fit_recompute(estimator, parsed, parse_bytes(memory_budget))
 
 
 def balance(*, model: str | Model, cluster: str | Cluster, layout: str | Layout, seq: int, global_batch: int) -> Balanced:

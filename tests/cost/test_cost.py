@@ -294,10 +294,12 @@ def test_zero_1_cuts_the_optimizer_state_by_dp_and_nothing_else(dp: int) -> None
 @pytest.mark.parametrize("tp", [2, 4, 8])
 @pytest.mark.parametrize("model", [SMALL, GPT2], ids=lambda m: m.name)
 def test_sequence_parallel_cuts_what_the_norm_regions_keep_by_tp(model: Model, tp: int) -> None:
-    """Four hidden states of b s h q a layer: input and normed input of attention and of the MLP; the rest is cut by heads already."""
+    """Four hidden states of b s h q a layer: input and normed input of attention and of the MLP, and the statistics of both norms, in
+    fp32; the rest is cut by heads already."""
     plain = layer_piece(model, parse_layout(f"tp{tp} mb2"), WORK.seq, None).saved_bytes
     cut = layer_piece(model, parse_layout(f"tp{tp}:sp mb2"), WORK.seq, None).saved_bytes
-    norm_regions = 4 * 2 * WORK.seq * model.hidden * 2
+    statistics = 2 * 2 * WORK.seq * 4 * (1 if model.norm == "rmsnorm" else 2)
+    norm_regions = 4 * 2 * WORK.seq * model.hidden * 2 + statistics
     assert plain - cut == norm_regions - norm_regions // tp
     alone = layer_piece(model, parse_layout("mb2"), WORK.seq, None).saved_bytes
     if model.kv_heads % tp == 0:

@@ -177,13 +177,25 @@ def layer_piece(model: Model, layout: Layout, seq: int, window: int | None, moe:
         working, mlp = working + mlp.saved, _recomputed(mlp)
     forward = (s.norm, *attention.forward, s.residual, s.norm, *mlp.forward, s.residual)
     norm_again = (s.norm,) if s.recomputes("norms") else ()
-    backward = (*mlp.backward, *norm_again, s.norm_backward, *attention.backward, *norm_again, s.norm_backward)
-    saved = 2 * s.norm_saved + attention.saved + mlp.saved
+    mlp_norm_again = norm_again * _readers(s, model.experts if moe else None)
+    backward = (*mlp.backward, *mlp_norm_again, s.norm_backward, *attention.backward, *norm_again, s.norm_backward)
+    mlp_norm_saved = s.residual_bytes if norm_again and s.recomputes("mlp") else s.norm_saved
+    saved = s.norm_saved + attention.saved + mlp_norm_saved + mlp.saved
     if layout.recompute == "full":
         again = _up_to_last_saved(forward)
         return Piece("layer", forward, (*again, *backward), s.residual_bytes, saved + working, recomputed=again)
     working += s.residual_bytes if norm_again else 0
-    return Piece("layer", forward, backward, saved, working, (*attention.recomputed, *mlp.recomputed, *norm_again * 2))
+    return Piece(
+        "layer", forward, backward, saved, working, (*attention.recomputed, *mlp.recomputed, *mlp_norm_again, *norm_again)
+    )
+
+
+def _readers(s: Shapes, experts: Experts | None) -> int:
+    """How often backward asks for the output of the second norm: an MLP that runs again makes it once, as plain linears do; experts
+    need it for the shared one, and the router for exact logits."""
+    if experts is None or s.recomputes("mlp"):
+        return 1
+    return bool(experts.shared_ffn) + (s.q == s.exact)
 
 
 def _last_product_working(s: Shapes, width: int) -> int:
