@@ -1,5 +1,4 @@
-"""The buffers in which parameters are whole, or in the dtype of the computation, while they are used (`parallel/units.py`), and those
-in which gradients are whole until they are reduced (`parallel/data.py`)."""
+"""The buffers in which parameters are whole, or in the dtype of the computation, while they are used (`parallel/units.py`)."""
 
 from __future__ import annotations
 
@@ -11,12 +10,12 @@ from meshwright.cost.offload import keeps_parameters_away
 from meshwright.cost.program import Program
 from meshwright.schedule.buckets import Bucket, unit_of
 from meshwright.spec.layout import Layout
-from meshwright.spec.precision import WIDTH, StateBytes
+from meshwright.spec.precision import WIDTH
 
 
 def unit_buffer_bytes(program: Program, layout: Layout) -> int:
     """A unit's parameters are brought while those of the one before are there; buffers are kept for the next of the same size, so of
-    each size there are as many as are ever in use at once. Of parameters to the byte; gradients as if those of a unit came evenly."""
+    each size there are as many as are ever in use at once. To the byte."""
     kept, ahead = _parts(program, layout)
     most: Counter[int] = Counter()
     for order in program.units:
@@ -26,58 +25,7 @@ def unit_buffer_bytes(program: Program, layout: Layout) -> int:
         for here, coming in (*pairwise(order), *backward, *((unit, None) for unit in order)):
             live = Counter([*kept.get(here, ()), *ahead.get(here, ()), *(ahead.get(coming, ()) if coming else ())])
             most |= live
-    parameters = WIDTH[layout.precision] * sum(numel * count for numel, count in most.items())
-    return parameters + _gradient_buffer_bytes(program, layout)
-
-
-REDUCTIONS = 2
-"""Under way at once: `IN_FLIGHT` of `parallel/data.py`, which must not be imported here."""
-
-
-def _gradient_buffer_bytes(program: Program, layout: Layout) -> int:
-    """From ZeRO-2 on a bucket's gradients are whole from the first to come until two more reductions have begun; from the second
-    micro-batch on each ends in a buffer of the rank's part, to be added."""
-    if layout.zero < 2:
-        return 0
-    passing = [bucket for bucket in program.buckets if bucket.cuts > 1]
-    times = _gradient_times(program)
-    moments = sorted(
-        (at, is_last, index)
-        for index, bucket in enumerate(passing)
-        for is_last, at in enumerate((min(times[id(bucket)]), max(times[id(bucket)])))
-    )
-    used: Counter[int] = Counter()
-    most: Counter[int] = Counter()
-    pending: list[Bucket] = []
-    for _, is_last, index in moments:
-        bucket = passing[index]
-        if is_last:
-            if len(pending) == REDUCTIONS:
-                done = pending.pop(0)
-                used -= Counter([done.numel, done.owned])
-            pending.append(bucket)
-            used[bucket.owned] += 1
-        else:
-            used[bucket.numel] += 1
-        most |= used
-    return StateBytes.of(layout).gradient * sum(numel * count for numel, count in most.items())
-
-
-def _gradient_times(program: Program) -> dict[int, list[float]]:
-    """By bucket, when each of its gradients comes: the unit's place in backward, and the shard's among those of the unit that are
-    treated alike, which are planned in the order of backward. The last norm's come with the head's."""
-    backward = [unit for order in reversed(program.units) for unit in reversed(order)]
-    kinds = [
-        (b, (b.decay, b.replicas, b.partial, b.routed, unit_of(shard.name))) for b in program.buckets for shard in b.shards
-    ]
-    number, seen = Counter(kind for _, kind in kinds), Counter[tuple[object, ...]]()
-    out: dict[int, list[float]] = {id(b): [] for b in program.buckets}
-    for bucket, kind in kinds:
-        seen[kind] += 1
-        unit = str(kind[-1])
-        places = [at for at, name in enumerate(backward) if name == unit] or [0]
-        out[id(bucket)] += [at + (seen[kind] - 1) / number[kind] for at in places]
-    return out
+    return WIDTH[layout.precision] * sum(numel * count for numel, count in most.items())
 
 
 def unit_elements(program: Program, layout: Layout) -> Callable[[str, str | None], Counter[int]]:

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from meshwright.cost.estimate import Estimator
-from meshwright.cost.ops import PART, Collective, Piece
+from meshwright.cost.ops import PART, Collective, Op, Piece
 from meshwright.cost.pieces import (
     Part,
     Shapes,
@@ -154,7 +154,9 @@ def _add_experts(
 
     def each(u: int, expert: int) -> Floats:
         layout = Local(1, False, 1, 1, 1, "none").layout(space.gpus, space.precision, *space.experts[expert])
-        return _part_figures(estimator, routed(Shapes(model, layout, u), shape), layout)
+        part = routed(Shapes(model, layout, u), shape)
+        # Where nothing comes after it that must run again, neither must the last of it.
+        return _part_figures(estimator, part, layout, part.forward if shape.shared_ffn else part.forward[:-1])
 
     tokens = [x.micro_batch * seq // x.cp for x in space.locals]
     others, other = _numbered([(T, x.tp, x.sp) for T, x in zip(tokens, space.locals, strict=True)])
@@ -181,12 +183,11 @@ def _numbered(keys: Sequence[K]) -> tuple[list[K], Ints]:
     return list(ids), np.array([ids[key] for key in keys], dtype=np.int64)
 
 
-def _part_figures(estimator: Estimator, part: Part, layout: Layout) -> Floats:
-    """[forward, backward, weight, crowded, saved, working, again] of a part of a layer; `again` is forward without its
-    communication: no more
-    than what a full recompute repeats."""
+def _part_figures(estimator: Estimator, part: Part, layout: Layout, repeated: Sequence[Op] | None = None) -> Floats:
+    """The figures of a part of a layer, and `again`: forward (or what is `repeated` of it) without its communication, no more than
+    what a full recompute repeats."""
     found = _figures(estimator, Piece(PART, part.forward, part.backward, part.saved, part.working), layout)
-    computed = tuple(op for op in part.forward if not isinstance(op, Collective))
+    computed = tuple(op for op in (part.forward if repeated is None else repeated) if not isinstance(op, Collective))
     again = estimator.durations(((Piece(PART, computed, (), 0), 1),), layout, shared=False)
     return np.array([*found, again.forward])
 
