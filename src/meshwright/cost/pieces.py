@@ -172,7 +172,8 @@ def layer_piece(model: Model, layout: Layout, seq: int, window: int | None, moe:
     s = Shapes(model, layout, seq)
     attention = heads(s, window) if model.latent is None else latent(s, model.latent, window)
     mlp = experts(s, model.experts) if moe and model.experts else gated_mlp(s, "mlp", model.ffn // layout.tp)
-    working = max(mlp.working, _last_product_working(s, 0 if moe else model.ffn // layout.tp))
+    # Of a model with experts the search prices layers without them first, whose working memory must not be the larger.
+    working = max(mlp.working, _last_product_working(s, 0 if model.experts else model.ffn // layout.tp))
     if s.recomputes("mlp"):
         working, mlp = working + mlp.saved, _recomputed(mlp)
     forward = (s.norm, *attention.forward, s.residual, s.norm, *mlp.forward, s.residual)
