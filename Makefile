@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint parity mutants bench clean
+.PHONY: demo test lint parity mutants bench bench-memory clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py --out runs/demo
@@ -31,6 +31,9 @@ bench: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/context.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/expert.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/async_tp.py
+
+bench-memory: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11 ...")'

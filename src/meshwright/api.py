@@ -15,6 +15,7 @@ from meshwright.cost.economics import Bill
 from meshwright.cost.estimate import Estimate, Estimator
 from meshwright.cost.practice import Attention, Practice
 from meshwright.planner.bill import Terms, training_bill
+from meshwright.planner.recompute import Fitted, fit_recompute
 from meshwright.planner.rules.case import Habits
 from meshwright.planner.stages import Balanced, balance_stages
 from meshwright.spec.catalogue import load_cluster
@@ -25,6 +26,7 @@ from meshwright.spec.layout import Layout, Precision
 from meshwright.spec.legality import check_world
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
+from meshwright.spec.sizes import parse_bytes
 from meshwright.spec.workload import Workload
 
 if TYPE_CHECKING:
@@ -84,6 +86,22 @@ def fabric(
         check_world(parsed, gpus)
     estimator = Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch))
     return view_fabric(estimator, parsed, what_ifs=tuple(what_if), orders=orders, slower=slower, queue_pairs=queue_pairs)
+
+
+def recompute(
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    layout: str | Layout,
+    seq: int,
+    global_batch: int,
+    memory_budget: str | int,
+) -> Fitted:
+    """Choose what `layout` recomputes so that a rank stays within `memory_budget` (bytes, or such as "60GiB"), at the least cost in
+    time; other arguments as in `estimate`. Raises UserError when even recomputing all is not enough."""
+    parsed = parse_layout(layout) if isinstance(layout, str) else layout
+    estimator = Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch))
+    return fit_recompute(estimator, parsed, parse_bytes(memory_budget))
 
 
 def balance(*, model: str | Model, cluster: str | Cluster, layout: str | Layout, seq: int, global_batch: int) -> Balanced:

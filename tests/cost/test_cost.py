@@ -294,10 +294,12 @@ def test_zero_1_cuts_the_optimizer_state_by_dp_and_nothing_else(dp: int) -> None
 @pytest.mark.parametrize("tp", [2, 4, 8])
 @pytest.mark.parametrize("model", [SMALL, GPT2], ids=lambda m: m.name)
 def test_sequence_parallel_cuts_what_the_norm_regions_keep_by_tp(model: Model, tp: int) -> None:
-    """Four hidden states of b s h q a layer: input and normed input of attention and of the MLP; the rest is cut by heads already."""
+    """Four hidden states of b s h q a layer: input and normed input of attention and of the MLP, and the statistics of both norms, in
+    fp32; the rest is cut by heads already."""
     plain = layer_piece(model, parse_layout(f"tp{tp} mb2"), WORK.seq, None).saved_bytes
     cut = layer_piece(model, parse_layout(f"tp{tp}:sp mb2"), WORK.seq, None).saved_bytes
-    norm_regions = 4 * 2 * WORK.seq * model.hidden * 2
+    statistics = 2 * 2 * WORK.seq * 4 * (1 if model.norm == "rmsnorm" else 2)
+    norm_regions = 4 * 2 * WORK.seq * model.hidden * 2 + statistics
     assert plain - cut == norm_regions - norm_regions // tp
     alone = layer_piece(model, parse_layout("mb2"), WORK.seq, None).saved_bytes
     if model.kv_heads % tp == 0:
@@ -730,3 +732,26 @@ def test_ranks_that_share_cores_are_no_quicker_than_the_cores(layout: str) -> No
     assert one.step_time_s / 2 < four.step_time_s < one.step_time_s * 1.5
     assert not times(LOCAL).hides
     assert times(H100).hides
+
+
+@pytest.mark.parametrize(
+    ("layout", "stride"),
+    [
+        ("dp4 tp2", 2),
+        ("dp2 cp2 tp2", 2),
+        ("cp4 tp2", 2),
+        ("dp4 tp2 order:dp-tp-cp-pp", 1),
+        ("dp2 pp4 order:pp-tp-cp-dp", 4),
+        ("dp10 tp4 cp2 order:cp-tp-dp-pp", 4),  # two neighbours, then eight further on: two of a domain of eight
+    ],
+)
+def test_the_ranks_of_a_gradient_are_as_far_apart_as_the_order_puts_them(layout: str, stride: int) -> None:
+    program = rank_program(load_model("llama-tiny"), parse_layout(layout), Workload(128, 40), Place(0))
+    assert {c.stride for c in program.gradient_reductions} == {stride}
+
+
+def test_a_pipeline_waits_for_its_slowest_hop() -> None:
+    """Stages of four ranks: every second hop leaves a node of eight, and all wait for it."""
+    times = CollectiveTimes(load_cluster("h100-superpod"), load_collective_constants())
+    inside, across = (times.seconds(Collective("pp", "send", stages, 4, 2**24)) for stages in (2, 4))
+    assert across == times.seconds(Collective("pp", "send", 2, 8, 2**24)) > 2 * inside

@@ -81,11 +81,21 @@ CI_MODELS = ("tied", "few-kv-heads", "gpt2-like")
 CI_SPARSE = ("deepseek-v3-like", "gpt-oss-like")
 
 
+PARITY_LAYOUTS = (
+    "tp2:async pp2:zb-h1 mb1 ac:core+norms+activation:1",
+    "tp2 pp2x2:dualpipe-v mb1 ac:activation",
+    "dp2:zero3 cp2:ulysses mb1 ac:norms+mlp",
+    "dp2 tp2:async ep4 mb2 ac:core+norms+activation:1",
+    "dp2 tp2:sp ep2 etp2 mb2 ac:norms+mlp",
+)
+"""Of these, what only `make parity` runs."""
+
+
 def cases(models: Iterable[str], in_ci: Iterable[str], layouts: Iterable[str], precisions: tuple[str, str]) -> list[Any]:
     """(model, layout, precision) for pytest: in CI the models `in_ci` in the first precision, and the promised layouts in both."""
     out = []
     for name, layout, precision in product(models, layouts, precisions):
-        quick = layout in LAYOUTS or (name in in_ci and precision == precisions[0])
+        quick = layout in LAYOUTS or (name in in_ci and precision == precisions[0] and layout not in PARITY_LAYOUTS)
         out.append(pytest.param(name, layout, precision, marks=[] if quick else [pytest.mark.parity]))
     return out
 
@@ -108,6 +118,9 @@ SPARSE_LAYOUTS = (
     "cp2:ulysses ep2 mb4",
     "dp2 tp2:async ep4 mb2 ac:full",
     "dp2:zero3 tp2 ep2 pp2:zb-h1 mb1 ac:core+mlp:1",
+    "dp2:zero3 tp2 ep2 pp2x2:zb-v mb1 ac:norms+activation",
+    "dp2 tp2:async ep4 mb2 ac:core+norms+activation:1",
+    "dp2 tp2:sp ep2 etp2 mb2 ac:norms+mlp",
 )
 """Experts over any of the other axes."""
 
@@ -147,4 +160,8 @@ MORE_LAYOUTS = (
     "dp2:zero3 tp2:sp mb2 ac:core+mlp:2",
     "cp2:ring pp2:zb-h1 mb1 ac:mlp",
     "pp2 mb1 ac:full:1",
+    "dp2:zero3 tp2:sp pp2x2:zb-v mb1 ac:norms+activation",
+    "tp2:async pp2:zb-h1 mb1 ac:core+norms+activation:1",
+    "tp2 pp2x2:dualpipe-v mb1 ac:activation",
+    "dp2:zero3 cp2:ulysses mb1 ac:norms+mlp",
 )

@@ -190,18 +190,7 @@ def test_a_workload_of_nothing_is_refused(seq: int, batch: int, said: str) -> No
         Workload(seq, batch)
 
 
-# --- what this version would ignore
-
-UNBUILT = [("ac:core+norms", ("recompute of core+norms", "core, core+mlp, mlp"))]
-
-
-@pytest.mark.parametrize(("layout", "said"), UNBUILT, ids=[layout for layout, _ in UNBUILT])
-def test_a_mode_that_is_not_built_is_refused(layout: str, said: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match="not built yet; this version") as refused:
-        refuse_unbuilt(parse_layout(layout))
-    assert "\n" not in str(refused.value)
-    for part in said:
-        assert part in str(refused.value)
+# --- what this version builds
 
 
 @pytest.mark.parametrize(
@@ -215,12 +204,21 @@ def test_a_mode_that_is_not_built_is_refused(layout: str, said: tuple[str, ...])
         "mb1 params:fp32 grads:bf16",
         "mb1 fp16 grads:fp16 offload:optimizer@file",
         "dp2:zero3 mb1 offload:all",
-        "ac:core+mlp:3",
+        "ac:core+norms+mlp:3",
+        "ac:norms+activation",
         "ac:full:2",
     ],
 )
-def test_a_mode_that_is_built_is_not(layout: str) -> None:
+def test_a_mode_that_is_built_is_not_refused(layout: str) -> None:
     refuse_unbuilt(parse_layout(layout))
+
+
+def test_recompute_of_an_activation_that_keeps_only_its_output_is_refused() -> None:
+    layout, plain_relu = parse_layout("ac:activation"), replace(GPT2, gated=False, activation="relu")
+    with pytest.raises(UserError, match=r"^ac:activation would change nothing for .*: relu .*; try ac:norms or ac:mlp$"):
+        check_layout(layout, plain_relu, Workload(seq=32, global_batch=8))
+    check_layout(layout, GPT2, Workload(seq=32, global_batch=8))
+    check_layout(layout, replace(plain_relu, gated=True), Workload(seq=32, global_batch=8))
 
 
 def test_a_rotary_rule_that_the_engine_does_not_know_can_be_priced_but_not_run() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from meshwright.cli.shared import AsJson, Cluster, GlobalBatch, Model, Seq, print_json, show
+from meshwright.cli.shared import AsJson, Cluster, GlobalBatch, MemoryBudget, Model, Seq, print_json, show
 
 
 def estimate(
@@ -16,6 +16,7 @@ def estimate(
     global_batch: GlobalBatch,
     layout: Annotated[str, typer.Option("--layout", help='One line, such as "dp20:zero1 tp8:sp pp4 mb1".')],
     gpus: Annotated[int | None, typer.Option("--gpus", help="Checked against the layout.")] = None,
+    memory_budget: MemoryBudget = None,
     timeline: Annotated[
         str | None, typer.Option("--timeline", help="Draw the pipeline timeline to this PNG or SVG.")
     ] = None,
@@ -23,12 +24,22 @@ def estimate(
 ) -> None:
     """Price one layout: memory, communication, time."""
     from meshwright.api import estimate as price
+    from meshwright.api import recompute
     from meshwright.report.estimate import estimate_report
+    from meshwright.report.recompute import fitted_dict, fitted_line
 
+    chosen, line = {}, None
+    if memory_budget is not None:
+        fitted = recompute(
+            model=model, cluster=cluster, seq=seq, global_batch=global_batch, layout=layout, memory_budget=memory_budget
+        )
+        layout, chosen, line = str(fitted.best.layout), {"memory_budget": fitted_dict(fitted)}, fitted_line(fitted)
     priced = price(model=model, cluster=cluster, gpus=gpus, seq=seq, global_batch=global_batch, layout=layout)
     if json:
-        print_json(priced.as_dict())
+        print_json(priced.as_dict() | chosen)
     else:
+        if line is not None:
+            show(line)
         show(estimate_report(priced))
     if timeline and priced.timeline:
         from pathlib import Path

@@ -13,6 +13,10 @@ Cluster = Annotated[str, typer.Option("--cluster", help="Catalogue name, or path
 Gpus = Annotated[int, typer.Option("--gpus", help="Accelerators to use.")]
 Seq = Annotated[int, typer.Option("--seq", help="Tokens in a sequence.")]
 GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Sequences in an optimizer step.")]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option("--memory-budget", help="Of a rank, such as 60GiB: chooses what is recomputed to stay within it."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

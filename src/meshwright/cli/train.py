@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from meshwright.cli.shared import MemoryBudget
+
 
 def train(
     recipe: Annotated[str | None, typer.Argument(help="YAML recipe; flags override its keys.")] = None,
@@ -18,6 +20,7 @@ def train(
         str | None, typer.Option(help="File, directory or glob: text, JSONL, Parquet. Default: Python's own library.")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer.json. Default: bytes.")] = None,
+    memory_budget: MemoryBudget = None,
     seq: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
     global_batch: Annotated[int | None, typer.Option(help="Sequences in an optimizer step.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
@@ -47,10 +50,11 @@ def train(
 ) -> None:
     """Train a model under a layout, on local processes or under torchrun or Slurm."""
     overrides = {name: value for name, value in locals().items() if name != "recipe"}
-    from meshwright.train.recipe import load_recipe
+    from meshwright.train.recipe import fit_memory, load_recipe
 
     parsed = load_recipe(recipe, overrides)
     checked = parsed.check()
+    parsed, fitted = fit_memory(parsed)
 
     from meshwright.parallel.fp8 import refuse_fp8
     from meshwright.train.launch import RankFailed, is_first_rank, launch, leave_outer_launcher, local_ranks, rank_device
@@ -65,6 +69,10 @@ def train(
     if parsed.parsed_layout.precision == "fp8":
         refuse_fp8(rank_device())
 
+    if fitted is not None and is_first_rank(os.environ):
+        from meshwright.report.recompute import fitted_line
+
+        typer.echo(fitted_line(fitted), err=True)
     try:
         launch(run, world, parsed, peak_flops(parsed))
     except RankFailed as error:

@@ -110,8 +110,8 @@ class CollectiveTimes:
         return ((0.0, max(inside, (c.group_size - together) / c.group_size / outside)),)
 
     def link(self, c: Collective) -> LinkTier:
-        # A send joins neighbours only: it crosses the network where the stride leaves the domain.
-        return self.cluster.tier(c.stride, 2 if c.op == "send" else c.group_size)
+        # A send joins neighbours, but all of a pipeline or a ring wait for the slowest of them.
+        return self.cluster.tier(c.stride, c.group_size)
 
     @property
     def evidence(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from meshwright.cost.adapt import as_practised, is_recomputed, with_buckets_of, with_gradients_of
 from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
+from meshwright.cost.gradients import STEADY, gradient_buffer_bytes
 from meshwright.cost.kernels import Kernels
 from meshwright.cost.memory import StageMemory, passing_bytes, stage_memory, state_bytes
 from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
@@ -248,14 +249,17 @@ class Estimator:
 
     def _state(self, layout: Layout, stage: int) -> _State:
         """What a stage's parameters cost, whatever the micro-batch: layouts that share it plan their buckets once."""
-        key = (*(getattr(layout, name) for name in _STATE_FIELDS), stage)
+        m = min(micro_batches(layout, self.workload), STEADY)
+        key = (*(getattr(layout, name) for name in _STATE_FIELDS), stage, m)
         if key not in self._states:
             program = self.reduced_program(layout, Place(stage))
             self._states[key] = _State(
                 tuple(self.times.seconds(c) for c in program.gradient_reductions),
                 self._rest(program, layout),
                 self._passes(program, layout),
-                self._state_bytes(program, layout) + unit_buffer_bytes(program, layout),
+                self._state_bytes(program, layout)
+                + unit_buffer_bytes(program, layout)
+                + gradient_buffer_bytes(program, layout, m) * (not self.practice.frozen),
             )
         return self._states[key]
 

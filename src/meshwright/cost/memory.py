@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from meshwright.cost.gradients import gradient_buffer_bytes
 from meshwright.cost.offload import PLACES, away, keeps_parameters_away
 from meshwright.cost.ops import Piece
 from meshwright.cost.program import Program
@@ -62,7 +63,9 @@ def stage_memory(program: Program, layout: Layout, schedule: Schedule, stage: in
     saved = [sum(piece.saved_bytes * repeat for piece, repeat in chunk) for chunk in program.chunks]
     passing = passing_bytes(program.pieces, schedule.peak(stage, saved), sent)
     units = {"units": nbytes} if (nbytes := unit_buffer_bytes(program, layout)) else {}
-    categories = state_bytes(program, layout) | units | passing | {"overhead": overhead}
+    whole = gradient_buffer_bytes(program, layout, schedule.micro_batches)
+    buffers = units | ({"whole gradients": whole} if whole else {})
+    categories = state_bytes(program, layout) | buffers | passing | {"overhead": overhead}
     return StageMemory(stage, categories, away_bytes(program, layout))
 
 

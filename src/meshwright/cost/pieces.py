@@ -13,9 +13,12 @@ from functools import lru_cache
 
 from meshwright.cost.ops import Attention, Collective, CollectiveOp, Elementwise, Gemm, Op, Piece, Under
 from meshwright.spec.context import kv_copies
-from meshwright.spec.layout import Layout
+from meshwright.spec.layout import Layout, RecomputePart
 from meshwright.spec.model import Experts, LatentAttention, Model
 from meshwright.spec.precision import STATE_BYTES
+
+SINK_DIMS = 8
+"""That a sink adds to queries and keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,8 @@ class Part:
     saved: int
     recomputed: tuple[Op, ...] = ()
     """What of the backward is forward run again."""
+    working: int = 0
+    """Bytes that this makes while it is used."""
 
 
 @dataclass(slots=True)
@@ -58,12 +63,31 @@ class Shapes:
         return self.t * self.model.hidden * self.q
 
     @property
+    def exact(self) -> int:
+        """Bytes of an element of what is not rounded to the compute precision: logits of router and loss, statistics of norms."""
+        return max(4, self.q)
+
+    @property
     def norm(self) -> Elementwise:
         return Elementwise("norm", 2 * self.residual_bytes)
 
     @property
     def norm_backward(self) -> Elementwise:
         return Elementwise("norm", 4 * self.residual_bytes)
+
+    @property
+    def norm_saved(self) -> int:
+        """A norm's input and its statistics; and its output, unless backward makes it again, for what reads it."""
+        output = 0 if self.recomputes("norms") else self.residual_bytes
+        return self.residual_bytes + self.t * self.statistics * self.exact + output
+
+    @property
+    def statistics(self) -> int:
+        """Numbers that a norm keeps of each vector: 1 / rms, or mean and 1 / deviation."""
+        return 1 if self.model.norm == "rmsnorm" else 2
+
+    def recomputes(self, part: RecomputePart) -> bool:
+        return self.layout.recompute == "selective" and part in self.layout.recompute_parts
 
     @property
     def residual(self) -> Elementwise:
@@ -148,16 +172,30 @@ def layer_piece(model: Model, layout: Layout, seq: int, window: int | None, moe:
     s = Shapes(model, layout, seq)
     attention = heads(s, window) if model.latent is None else latent(s, model.latent, window)
     mlp = experts(s, model.experts) if moe and model.experts else gated_mlp(s, "mlp", model.ffn // layout.tp)
-    working = 0
-    if layout.recompute == "selective" and "mlp" in layout.recompute_parts:
+    working = mlp.working
+    if s.recomputes("mlp"):
         working, mlp = mlp.saved, _recomputed(mlp)
     forward = (s.norm, *attention.forward, s.residual, s.norm, *mlp.forward, s.residual)
-    backward = (*mlp.backward, s.norm_backward, *attention.backward, s.norm_backward)
-    saved = 4 * s.residual_bytes + attention.saved + mlp.saved
+    norm_again = (s.norm,) if s.recomputes("norms") else ()
+    mlp_norm_again = norm_again * _readers(s, model.experts if moe else None)
+    backward = (*mlp.backward, *mlp_norm_again, s.norm_backward, *attention.backward, *norm_again, s.norm_backward)
+    mlp_norm_saved = s.residual_bytes if norm_again and s.recomputes("mlp") else s.norm_saved
+    saved = s.norm_saved + attention.saved + mlp_norm_saved + mlp.saved
     if layout.recompute == "full":
         again = _up_to_last_saved(forward)
         return Piece("layer", forward, (*again, *backward), s.residual_bytes, working_bytes=saved, recomputed=again)
-    return Piece("layer", forward, backward, saved, working, (*attention.recomputed, *mlp.recomputed))
+    working += s.residual_bytes if norm_again else 0
+    return Piece(
+        "layer", forward, backward, saved, working, (*attention.recomputed, *mlp.recomputed, *mlp_norm_again, *norm_again)
+    )
+
+
+def _readers(s: Shapes, experts: Experts | None) -> int:
+    """How often backward asks for the output of the second norm: an MLP that runs again makes it once, as plain linears do; experts
+    need it for the shared one, and the router for exact logits."""
+    if experts is None or s.recomputes("mlp"):
+        return 1
+    return bool(experts.shared_ffn) + (s.q == s.exact)
 
 
 def _recomputed(part: Part) -> Part:
@@ -175,6 +213,8 @@ def heads(s: Shapes, window: int | None) -> Part:
     core = attention_core(s, s.kv_heads, model.head_dim, model.head_dim, window)
     out = row(s, "attention.out", q_width)
     saved = (q_width + 2 * kv_width) * s.T * s.q
+    if model.qk_norm:
+        saved += (q_width + kv_width) * s.T * s.q + (s.heads + s.kv_heads) * s.T * s.exact
     return Part(
         (*qkv.forward, rotary, *core.forward, *out.forward),
         (*out.backward, *core.backward, rotary, *qkv.backward),
@@ -231,10 +271,28 @@ def attention_core(s: Shapes, kv_heads: int, head_dim: int, value_dim: int, wind
         inward = _all_to_all(s, s.heads * head_dim + kv_heads * copies * (head_dim + value_dim))
         outward = _all_to_all(s, s.heads * value_dim)
         forward, backward = (inward, *forward, outward), (outward, *backward, inward)
-    log_sum_exp = s.T * s.heads * 4
-    repeats = layout.recompute == "selective" and "core" in layout.recompute_parts
-    again = tuple(op for op in forward if isinstance(op, Attention)) if repeats else ()
-    return Part(forward, (*again, *backward), 0 if again else log_sum_exp, again)
+    again = tuple(op for op in forward if isinstance(op, Attention)) if s.recomputes("core") else ()
+    inputs, own = _core_saved(s, kv_heads, head_dim, value_dim, window)
+    return Part(forward, (*again, *backward), inputs + (0 if again else own), again)
+
+
+def _core_saved(s: Shapes, kv_heads: int, head_dim: int, value_dim: int, window: int | None) -> tuple[int, int]:
+    """Of the inputs, what their makers do not keep: copies of key-value heads for ranks that share one, and, after rotary, angles
+    that are looked up by position. Of the core itself: log-sum-exps; under Ulysses its output before that goes home, and, where a
+    ring is inside, keys and values packed for it; a mask, and the dims of the sink's key, where the whole sequence is here
+    (`models/attention.py`)."""
+    layout, model = s.layout, s.model
+    inputs = own = 0
+    if layout.cp > 1 and model.rope:
+        inputs += 4 * s.seq // layout.cp * (model.latent.rope_dim if model.latent else head_dim) * s.q
+    if layout.cp_ulysses > 1:
+        copies, pair = kv_copies(kv_heads, layout.cp_ulysses), kv_heads * (head_dim + value_dim) * s.T * s.q
+        inputs += (copies - 1) * pair
+        own += s.heads * value_dim * s.T * s.q + (copies * pair if layout.cp_ring > 1 else 0)
+    if layout.cp_ring == 1 and ((window is not None and window < s.seq) or model.sinks):
+        own += s.seq * (s.seq + model.sinks) * s.q
+        own += model.sinks * SINK_DIMS * (s.heads + kv_heads) * s.T * s.q
+    return inputs, own + s.T * s.heads * 4
 
 
 def _ring(
@@ -267,21 +325,47 @@ def gated_mlp(s: Shapes, name: str, ffn: int) -> Part:
     gated = s.model.gated
     up = columns(s, f"{name}.gate_up", s.model.hidden, dict.fromkeys(("gate", "up") if gated else ("up",), ffn))
     down = row(s, f"{name}.down", ffn)
-    io = (5 if gated else 2) * ffn * s.T * s.q
-    saved = (3 if gated else 1) * ffn * s.T * s.q
+    hidden = activation(s, ffn * s.T)
     return Part(
-        (*up.forward, Elementwise("activation", io), *down.forward),
-        (*down.backward, Elementwise("activation", 1.5 * io), *up.backward),
-        saved + down.saved,
+        (*up.forward, *hidden.forward, *down.forward),
+        (*hidden.recomputed, *down.backward, *hidden.backward, *up.backward),
+        hidden.saved,
+        hidden.recomputed,
+        hidden.working,
+    )
+
+
+def activation(s: Shapes, units: int) -> Part:
+    """From the outputs of gate and up to `units` hidden units. Keeps those, what their operators keep, and the hidden units, which
+    the product after it reads; or the first alone, where backward makes the others again.
+
+    Counted as the operators of `models/mlp.py` run one by one: an activation keeps its input, but relu its output, which a plain MLP's
+    product keeps anyway; the product of a gate and `up` keeps both; the clamped form of GPT-OSS keeps three tensors more.
+    """
+    gated, kind = s.model.gated, s.model.activation
+    io = (5 if gated else 2) * units * s.q
+    forward, given = (Elementwise("activation", io),), 2 if gated else 1
+    kept = 7 if kind == "swiglu_oai" else 2 * given - (kind == "relu")
+    again = s.recomputes("activation")
+    return Part(
+        forward,
+        (Elementwise("activation", 1.5 * io),),
+        (given if again else kept) * units * s.q,
+        forward if again else (),
+        (kept - given) * units * s.q if again else 0,
     )
 
 
 def experts(s: Shapes, experts: Experts) -> Part:
     """The routed experts, their outputs brought back to every rank of tp, and the shared expert (`parallel/expert.py`)."""
-    parts, shared = routed(s, experts), shared_expert(s, experts)
-    outputs = expert_outputs(s)
-    forward = (*parts.forward, *outputs, *shared.forward)
-    return Part(forward, (*shared.backward, *parts.backward, *outputs), parts.saved + shared.saved)
+    parts, shared, outputs = routed(s, experts), shared_expert(s, experts), expert_outputs(s, experts)
+    return Part(
+        (*parts.forward, *outputs.forward, *shared.forward),
+        (*shared.backward, *parts.backward, *outputs.backward),
+        parts.saved + outputs.saved + shared.saved,
+        (*shared.recomputed, *parts.recomputed),
+        max(shared.working, parts.working),
+    )
 
 
 def shared_expert(s: Shapes, experts: Experts) -> Part:
@@ -289,9 +373,14 @@ def shared_expert(s: Shapes, experts: Experts) -> Part:
     return gated_mlp(s, "moe.shared", experts.shared_ffn // s.layout.tp) if experts.shared_ffn else Part((), (), 0)
 
 
-def expert_outputs(s: Shapes) -> list[Collective]:
-    """Each rank of tp brings its own tokens to the experts; without sequence parallel all of them need all outputs."""
-    return s.tp("all_gather", s.T * s.model.hidden * s.q) if not s.layout.sp else []
+def expert_outputs(s: Shapes, experts: Experts) -> Part:
+    """Each rank of tp brings its own tokens to the experts; without sequence parallel all of them need all outputs.
+
+    Of the norm's output the router reads an exact copy, and nothing else keeps it but a shared expert: so much is not saved.
+    """
+    gather = tuple(s.tp("all_gather", s.T * s.model.hidden * s.q) if not s.layout.sp else [])
+    is_kept = s.q == s.exact or experts.shared_ffn or s.recomputes("norms")
+    return Part(gather, gather, 0 if is_kept else -s.residual_bytes)
 
 
 def routed(s: Shapes, experts: Experts) -> Part:
@@ -308,18 +397,29 @@ def routed(s: Shapes, experts: Experts) -> Part:
     router = whole_linear(s, "moe.router", s.u, D, experts.count)
     up = [Gemm(f"moe.experts.{part}", rows, ffn, D, held) for part in parts]
     down = Gemm("moe.experts.down", rows, D, ffn, held)
-    io = Elementwise("activation", (5 if model.gated else 2) * ffn * rows * s.q)
+    hidden = activation(s, ffn * rows)
     permute = Elementwise("permute", 4 * rows * D * s.q)
     up_back = [back for part in parts for back in _grouped_backward(f"moe.experts.{part}", rows, ffn, D, held)]
     down_back = _grouped_backward("moe.experts.down", rows, D, ffn, held)
     forward = (
-        *router.forward, *all_to_all(experts.count * layout.etp * 8), permute, *travel, *up, io, down, *travel, permute,
+        *router.forward, *all_to_all(experts.count * layout.etp * 8), permute, *travel, *up, *hidden.forward, down, *travel, permute,
     )  # fmt: skip
     backward = (
-        permute, *travel, *down_back, Elementwise("activation", 1.5 * io.bytes), *up_back, *travel, permute, *router.backward,
+        permute, *travel, *hidden.recomputed, *down_back, *hidden.backward, *up_back, *travel, permute, *router.backward,
     )  # fmt: skip
-    hidden = (4 if model.gated else 2) * ffn * rows * s.q
-    return Part(forward, backward, hidden + 2 * rows * D * s.q + s.u * experts.count * 4)
+    saved = hidden.saved + 2 * rows * D * s.q + _routing_saved(s, experts)
+    return Part(forward, backward, saved, hidden.recomputed, hidden.working)
+
+
+def _routing_saved(s: Shapes, experts: Experts) -> int:
+    """Scores, chosen weights before and after they are made to sum to one, and the sum; the order of rows on each way, in int64; and
+    the exact copies of its input and weights that the router reads."""
+    visits = s.u * experts.top_k
+    weights = (2 * visits + s.u if experts.normalized else visits) * s.exact
+    ways = 4 if s.layout.ep * s.layout.etp > 1 else 2
+    orders = (ways * visits * s.layout.etp + visits) * 8
+    copies = (s.u + experts.count) * s.model.hidden * s.exact if s.q != s.exact else 0
+    return s.u * experts.count * s.exact + weights + orders + copies
 
 
 def _grouped_backward(name: str, rows: int, width: int, inner: int, groups: int) -> tuple[Gemm, Gemm]:
@@ -343,13 +443,13 @@ def head_piece(model: Model, layout: Layout, seq: int, tp_rank: int) -> Piece:
     s = Shapes(model, layout, seq)
     share = -(-model.vocab // layout.tp)
     vocab = min(share, model.vocab - tp_rank * share)
-    exact = max(4, s.q)
+    exact = s.exact
     logits = s.T * vocab
     loss = s.tp("all_reduce", s.T * exact) + s.tp("all_reduce", 2 * s.T * exact)
     head = columns(s, "head", model.hidden, {"weight": vocab})
     forward: tuple[Op, ...] = (s.norm, *head.forward, Elementwise("loss", logits * (s.q + 4 * exact)), *loss)
     backward: tuple[Op, ...] = (Elementwise("loss", logits * (2 * exact + s.q)), *head.backward, s.norm_backward)
-    saved = 2 * s.residual_bytes + logits * exact
+    saved = 2 * s.residual_bytes + s.t * s.statistics * s.exact + logits * exact
     return Piece("head", forward, backward, saved, working_bytes=logits * (exact + s.q))
 
 

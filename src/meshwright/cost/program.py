@@ -167,10 +167,9 @@ def _replicate(layout: Layout, bucket: Bucket) -> Collective | None:
 
 
 def _data_stride(layout: Layout) -> int:
-    """Between neighbours of the ranks that hold the same dense weights."""
-    if layout.cp == 1:
-        return layout.stride("dp")
-    return layout.stride("cp") if layout.dp == 1 else min(layout.stride("dp"), layout.stride("cp"))
+    """Between neighbours of the ranks that hold the same dense weights: the mean, where another axis lies between dp and cp."""
+    spans = [layout.stride(axis) * layout.degree(axis) for axis in ("dp", "cp") if layout.degree(axis) > 1]
+    return max(spans, default=layout.data_ranks) // layout.data_ranks
 
 
 def _brought(layout: Layout, buckets: tuple[Bucket, ...], tied: bool, chunks: tuple[Chunk, ...]) -> Brought:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 
 from meshwright.cost.offload import keeps_parameters_away
@@ -25,6 +26,18 @@ def unit_buffer_bytes(program: Program, layout: Layout) -> int:
             live = Counter([*kept.get(here, ()), *ahead.get(here, ()), *(ahead.get(coming, ()) if coming else ())])
             most |= live
     return WIDTH[layout.precision] * sum(numel * count for numel, count in most.items())
+
+
+def unit_elements(program: Program, layout: Layout) -> Callable[[str, str | None], Counter[int]]:
+    """How many buffers of each number of elements are in use while the parameters of one unit are there and those of the unit before it
+    are on their way, if any; the embedding's are not needed in backward."""
+    kept, ahead = _parts(program, layout)
+
+    def in_use(here: str, coming: str | None) -> Counter[int]:
+        on_their_way = ahead.get(coming, ()) if coming and coming != "embedding" else ()
+        return Counter([*kept.get(here, ()), *ahead.get(here, ()), *on_their_way])
+
+    return in_use
 
 
 def _parts(program: Program, layout: Layout) -> tuple[dict[str, list[int]], dict[str, list[int]]]:

@@ -16,6 +16,7 @@ from meshwright.models.attention import EVERYWHERE, AttentionCore, Where
 from meshwright.models.latent import LatentAttention
 from meshwright.models.mlp import MLP, SharedInput
 from meshwright.models.moe import MoE
+from meshwright.models.norm import RMSNorm
 from meshwright.models.rotary import Rotary
 from meshwright.spec.legality import refuse_unrunnable_model
 from meshwright.spec.model import Model
@@ -105,8 +106,8 @@ class Attention(nn.Module):
         q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
         sizes = {"q": q, "k": kv, "v": kv}
         self.qkv = SharedInput({name: nn.Linear(model.hidden, size, bias=model.qkv_bias) for name, size in sizes.items()})
-        self.q_norm = nn.RMSNorm(model.head_dim, eps=model.norm_eps) if model.qk_norm else None
-        self.k_norm = nn.RMSNorm(model.head_dim, eps=model.norm_eps) if model.qk_norm else None
+        self.q_norm = RMSNorm(model.head_dim, model.norm_eps) if model.qk_norm else None
+        self.k_norm = RMSNorm(model.head_dim, model.norm_eps) if model.qk_norm else None
         self.sinks = nn.Parameter(torch.zeros(model.heads)) if model.sinks else None
         self.core = AttentionCore(window)
         self.out = nn.Linear(q, model.hidden, bias=model.out_bias)
@@ -130,7 +131,7 @@ def make_rotary(model: Model) -> Rotary | None:
 
 
 def make_norm(model: Model) -> nn.Module:
-    kind = nn.RMSNorm if model.norm == "rmsnorm" else nn.LayerNorm
+    kind = RMSNorm if model.norm == "rmsnorm" else nn.LayerNorm
     return kind(model.hidden, eps=model.norm_eps)
 
 

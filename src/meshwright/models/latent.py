@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.models.attention import AttentionCore, Where
+from meshwright.models.norm import RMSNorm
 from meshwright.models.rotary import Rotary
 from meshwright.spec.model import Model
 
@@ -33,10 +34,10 @@ class LatentAttention(nn.Module):
         self.q = nn.Linear(model.hidden, queries, bias=False) if latent.q_rank is None else None
         if latent.q_rank is not None:
             self.q_down = nn.Linear(model.hidden, latent.q_rank, bias=model.qkv_bias)
-            self.q_down_norm = nn.RMSNorm(latent.q_rank, eps=LATENT_NORM_EPS)
+            self.q_down_norm = RMSNorm(latent.q_rank, LATENT_NORM_EPS)
             self.q_up = nn.Linear(latent.q_rank, queries, bias=False)
         self.kv_down = nn.Linear(model.hidden, latent.kv_rank + latent.rope_dim, bias=model.qkv_bias)
-        self.kv_down_norm = nn.RMSNorm(latent.kv_rank, eps=LATENT_NORM_EPS)
+        self.kv_down_norm = RMSNorm(latent.kv_rank, LATENT_NORM_EPS)
         self.kv_up = nn.Linear(latent.kv_rank, model.heads * (latent.nope_dim + latent.value_dim), bias=False)
         self.core = AttentionCore(window, latent_scale(model))
         self.out = nn.Linear(model.heads * latent.value_dim, model.hidden, bias=model.out_bias)
@@ -58,7 +59,8 @@ class LatentAttention(nn.Module):
         kv = self.kv_up(self.kv_down_norm(latent_BLK)).unflatten(-1, (-1, self.nope_dim + self.value_dim)).transpose(1, 2)
         nope_BHLN, v_BHLE = kv.split((self.nope_dim, self.value_dim), dim=-1)
         rope_B1LR = self.rotary(rope_BLR.unsqueeze(1), where)  # one for all heads
-        return torch.cat((nope_BHLN, rope_B1LR.expand(-1, nope_BHLN.shape[1], -1, -1)), dim=-1), v_BHLE
+        k_BHLC = torch.cat((nope_BHLN, rope_B1LR.expand(-1, nope_BHLN.shape[1], -1, -1)), dim=-1)
+        return k_BHLC, v_BHLE.contiguous()  # a view would keep all of kv for backward
 
 
 def latent_scale(model: Model) -> float:

@@ -36,7 +36,11 @@ class MLP(nn.Module):
         self.down = nn.Linear(ffn, model.hidden, bias=model.mlp_bias)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(self.activate(self.gate_up(x_BLD)))
+        return self.leave(self.activate(self.gate_up(x_BLD)))
+
+    def leave(self, h_BLF: Tensor) -> Tensor:
+        """From the hidden units."""
+        return self.down(h_BLF)  # type: ignore[no-any-return]
 
 
 def up_parts(model: Model) -> tuple[str, ...]:

@@ -173,6 +173,10 @@ class Experts(nn.Module):
         """Rows sorted by expert, `counts_E` of each, zero allowed. Returns y_nD."""
         counts = counts_E.tolist() if isinstance(counts_E, Tensor) else counts_E
         h_nF = self.activate([self._linear(stacked, x_nD, counts) for stacked in self.gate_up.values()])
+        return self.leave(h_nF, counts)
+
+    def leave(self, h_nF: Tensor, counts: Sequence[int]) -> Tensor:
+        """From the hidden units."""
         return self._linear(self.down, h_nF, counts)
 
     def _linear(self, stacked: nn.Module, x_nI: Tensor, counts: Sequence[int]) -> Tensor:

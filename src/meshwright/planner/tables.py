@@ -138,9 +138,12 @@ def _add_experts(space: Space, estimator: Estimator, kinds: Sequence[Kind], whol
     def beside(tokens: int, tp: int, sp: bool) -> Floats:
         """What else changes where an MLP gives way to experts."""
         layout = Local(tp, sp, 1, 1, 1, "none").layout(space.gpus, space.precision)
-        shapes, sent = Shapes(model, layout, tokens), tuple(expert_outputs(Shapes(model, layout, tokens)))
-        shared, mlp = shared_expert(shapes, shape), gated_mlp(shapes, "mlp", model.ffn // tp)
-        outputs = Part(sent, sent, 0)
+        shapes = Shapes(model, layout, tokens)
+        shared, outputs, mlp = (
+            shared_expert(shapes, shape),
+            expert_outputs(shapes, shape),
+            gated_mlp(shapes, "mlp", model.ffn // tp),
+        )
         figures = [_part_figures(estimator, part, layout) for part in (shared, outputs, mlp)]
         more: Floats = figures[0] + figures[1] - figures[2]
         more[-1] = figures[0][-1] - figures[2][0]

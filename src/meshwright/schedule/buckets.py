@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from meshwright.spec.layout import Layout
 from meshwright.spec.precision import StateBytes, StateDtypes
@@ -119,6 +120,7 @@ def _without_heavy_tail(shards: list[Shard], limit: int) -> list[list[Shard]]:
     return [shards[:last], shards[last:]] if last > 0 else [shards]
 
 
+@cache
 def unit_of(name: str) -> str:
     """The part of the model that a parameter belongs to: `layers.3`, `embedding`, `norm` or `head`."""
     first, second, *_ = name.split(".")

@@ -13,7 +13,6 @@ from meshwright.spec.precision import STATE_BYTES, UNPRICED
 from meshwright.spec.workload import Workload
 
 BUILT_RECOMPUTES = ("none", "selective", "full")
-BUILT_PARTS = ("core", "core+mlp", "mlp")
 
 
 def check_layout(layout: Layout, model: Model, workload: Workload) -> None:
@@ -26,6 +25,11 @@ def check_layout(layout: Layout, model: Model, workload: Workload) -> None:
         raise UserError(
             f"{given}: recompute of the core would change nothing under ring attention, which keeps no scores: leave it out, or "
             "take ac:mlp or ac:full"
+        )
+    if layout.recompute_parts == ("activation",) and model.activation == "relu" and not model.gated:
+        raise UserError(
+            f"ac:activation would change nothing for {model.name}: relu keeps only its output, no more than its input; try ac:norms "
+            "or ac:mlp"
         )
     if layout.pp * layout.chunks > model.layers:
         raise UserError(
@@ -84,7 +88,6 @@ def refuse_unbuilt(layout: Layout) -> None:
     for given, built, what in (
         (layout.recompute, BUILT_RECOMPUTES, "recompute mode"),
         (layout.precision, tuple(STATE_BYTES), "precision"),
-        ("+".join(layout.recompute_parts), BUILT_PARTS, "recompute of"),
     ):
         if given not in built:
             raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")

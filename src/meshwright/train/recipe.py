@@ -7,16 +7,20 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from meshwright.cost.estimate import Estimator
 from meshwright.models.routing import Balance
+from meshwright.planner.recompute import Fitted, fit_recompute
 from meshwright.schedule.actions import Schedule
 from meshwright.schedule.csv import read_schedule
 from meshwright.schedule.orders import layout_schedule
+from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.layout import Layout
 from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt, refuse_unrunnable_model
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
+from meshwright.spec.sizes import parse_bytes
 from meshwright.spec.workload import Workload
 from meshwright.spec.yaml_edge import read_yaml, validate
 
@@ -35,6 +39,8 @@ class Recipe(BaseModel):
     """File, directory or glob of text, JSONL or Parquet; the standard library's source by default."""
     tokenizer: str | None = None
     """Path of a tokenizer.json; bytes by default."""
+    memory_budget: str | int | None = None
+    """Bytes of a rank, or such as "60GiB": chooses what the layout recomputes, by the prices of `cluster`."""
     seq: int = Field(default=256, ge=1)
     global_batch: int = Field(default=8, ge=1)
     steps: int = Field(default=50, ge=1)
@@ -123,6 +129,23 @@ class Recipe(BaseModel):
         if self.balance is not None:
             self.balance.check(model)
         return model
+
+
+def fit_memory(recipe: Recipe) -> tuple[Recipe, Fitted | None]:
+    """The recipe with a layout that stays within its memory budget, and how that was chosen; the same recipe where it has none.
+
+    Raises UserError without a cluster whose rates tell what recompute costs, and when even recomputing all is not enough.
+    """
+    if recipe.memory_budget is None:
+        return recipe, None
+    budget = parse_bytes(recipe.memory_budget)
+    if recipe.cluster is None:
+        raise UserError(
+            f"memory_budget {recipe.memory_budget} chooses the recompute that costs the least time on a cluster: say which with --cluster"
+        )
+    estimator = Estimator(load_model(recipe.model), load_cluster(recipe.cluster), recipe.workload)
+    fitted = fit_recompute(estimator, recipe.parsed_layout, budget)
+    return recipe.model_copy(update={"layout": str(fitted.best.layout), "memory_budget": None}), fitted
 
 
 def load_recipe(path: str | None, overrides: dict[str, Any]) -> Recipe:
