@@ -14,4 +14,4 @@ from meshwright.testing import run_distributed
 def test_groups_do_not_outlive_their_call() -> None:
     """Each has threads and sockets: a machine has a limited number of both."""
     threads = [run_distributed(threads_beside_a_group_in_a_cycle, 2, [0, 1]) for _ in range(6)]
-    assert threads[-1] == threads[0]
+    assert all(last <= first for first, last in zip(threads[0], threads[-1], strict=True)), threads
