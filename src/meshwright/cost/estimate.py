@@ -263,7 +263,8 @@ class Estimator:
                 self._passes(program, layout),
                 self._state_bytes(program, layout)
                 + unit_buffer_bytes(program, layout)
-                + gradient_buffer_bytes(program, layout, m) * (not self.practice.frozen),
+                # Other software lets go of whole gradients layer by layer.
+                + (gradient_buffer_bytes(program, layout, m) if self.practice == OWN else 0),
             )
         return self._states[key]
 

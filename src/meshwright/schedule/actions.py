@@ -102,7 +102,7 @@ class Schedule:
     def chunks(self) -> int:
         return len(self.placement[0])
 
-    @property
+    @cached_property
     def splits_backward(self) -> bool:
         """Whether any backward is done in two halves."""
         return any(action.kind is Kind.BACKWARD_INPUT for actions in self.actions for action in actions)
