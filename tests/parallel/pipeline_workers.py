@@ -13,7 +13,7 @@ from meshwright.models.attention import Where
 from meshwright.parallel.collectives import Group
 from meshwright.parallel.ledger import Ledger
 from meshwright.parallel.linear import Linear, WeightGradients
-from meshwright.parallel.pipeline import MicroBatch, Pipeline, _Step
+from meshwright.parallel.pipeline import MicroBatch, Pipeline, Step
 from meshwright.schedule.orders import make_schedule
 
 VOCAB, WIDTH, ROWS, LENGTH = 11, 6, 2, 3
@@ -129,9 +129,9 @@ def in_one_piece(places: int, data: list[MicroBatch], scale: Tensor) -> tuple[li
 def left_over(name: str, stages: int, micro_batches: int, chunks: int) -> dict[str, int]:
     """What a step still holds when it is over, and the most sent tensors that it kept."""
     held: dict[str, int] = {}
-    drain = _Step.drain
+    drain = Step.drain
 
-    def watch(step: _Step) -> None:
+    def watch(step: Step) -> None:
         held["leaving"] = len(step.leaving)
         drain(step)
         held.update(
@@ -141,9 +141,9 @@ def left_over(name: str, stages: int, micro_batches: int, chunks: int) -> dict[s
             }
         )
 
-    _Step.drain = watch  # type: ignore[method-assign]
+    Step.drain = watch  # type: ignore[method-assign]
     try:
         run_schedule(name, stages, micro_batches, chunks)
     finally:
-        _Step.drain = drain  # type: ignore[method-assign]
+        Step.drain = drain  # type: ignore[method-assign]
     return held
