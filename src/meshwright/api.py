@@ -18,6 +18,7 @@ from meshwright.planner.bill import Terms, training_bill
 from meshwright.planner.recompute import Fitted, fit_recompute
 from meshwright.planner.rules.case import Habits
 from meshwright.planner.stages import Balanced, balance_stages
+from meshwright.schedule.stages import alike_stages, first_rank
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError, choices
@@ -28,6 +29,7 @@ from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.sizes import parse_bytes
 from meshwright.spec.workload import Workload
+from meshwright.trace.result import Trace
 
 if TYPE_CHECKING:
     from meshwright.cost.fabric.view import FabricView
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from meshwright.planner.objectives import Sizing
     from meshwright.planner.search import Plan
     from meshwright.planner.ways import WayOut
+    from meshwright.trace.check import Check
 
 PER = 1e12
 """Tokens that a cost is stated for where a person gives none."""
@@ -59,6 +62,51 @@ def estimate(
     if gpus is not None:
         check_world(parsed, gpus)
     return Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch)).estimate(parsed)
+
+
+def trace(
+    *,
+    model: str | Model,
+    layout: str | Layout,
+    seq: int,
+    global_batch: int,
+    gpus: int | None = None,
+    ranks: Sequence[int] | None = None,
+    stages: Sequence[int] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Trace:
+    """Run one step of the real engine for some ranks of the layout, of any world size, in this process and without its memory.
+
+    `ranks`, or `stages`, of which the first rank is taken; by default one stage of each kind. `progress` is told what comes next.
+    Needs the `run` extra. Raises UserError for what does not fit together, and for layouts that cannot be traced.
+    """
+    from meshwright.trace.engine import trace_ranks  # torch
+
+    parsed = parse_layout(layout) if isinstance(layout, str) else layout
+    if gpus is not None:
+        check_world(parsed, gpus)
+    known, workload = _model(model), Workload(seq, global_batch)
+    if ranks is None:
+        wanted = [members[0] for members in alike_stages(known, parsed)] if stages is None else stages
+        ranks = [first_rank(parsed, stage) for stage in wanted]
+    traced = trace_ranks(known, parsed, workload, ranks, progress=progress)
+    return Trace(known.name, parsed, workload, traced)
+
+
+def check(
+    *,
+    model: str | Model,
+    layout: str | Layout,
+    seq: int,
+    global_batch: int,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Check, ...]:
+    """What the estimate says of each kind of stage beside what its trace has seen; arguments as in `trace`."""
+    from meshwright.trace.check import check_stage
+
+    known = _model(model)
+    traced = trace(model=known, layout=layout, seq=seq, global_batch=global_batch, progress=progress)
+    return tuple(check_stage(stage, known, traced.layout, traced.workload) for stage in traced.stages)
 
 
 def fabric(

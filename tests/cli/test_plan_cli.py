@@ -291,6 +291,12 @@ CLUSTERS = [
     (CLUSTER.replace("nics: 8", "nics: eight"), ("line 3", "nics", "'eight'", "whole number")),
     (CLUSTER.replace("leaf-spine", "torus"), ("line 4", "kind", "'torus'", "leaf-spine")),
     (CLUSTER.replace("domain: 8", "domian: 8"), ("line 4", "domian", "domain")),
+    (CLUSTER.replace("50e9", "-50e9"), ("line 3", "nic_bandwidth", "greater than or equal to 0", "-50")),
+    (CLUSTER.replace("accelerators: 8", "accelerators: 0"), ("line 3", "node.accelerators", "got 0")),
+    (CLUSTER.replace("nics: 8", "nics: 0"), ("line 3", "nics 0 with nic_bandwidth 5e+10", "both are 0")),
+    (CLUSTER.replace("domain: 8", "domain: 0"), ("line 4", "fabric.domain", "got 0")),
+    (CLUSTER + "nodes: 4\n", ("line 6", "unknown key 'nodes'", "did you mean node")),
+    (CLUSTER.replace("roce", "none"), ("line 4", "kind leaf-spine with transport none")),
     (CLUSTER.replace("source: my rack\n", ""), ("source", "missing")),
     (CLUSTER.replace("8}\nsource", "8\nsource"), ("line 5", "not valid YAML")),
     ("", ("must hold keys and values",)),
@@ -305,6 +311,14 @@ def test_a_cluster_file_that_cannot_be_read_is_refused_with_its_line(
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     refused(run(*changed(SMALL_PLAN, cluster=str(path))), str(path), *said)
+
+
+def test_nodes_without_nics_are_planned_for_one_domain_alone(run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(CLUSTER.replace("nics: 8, nic_bandwidth: 50e9", "nics: 0, nic_bandwidth: 0"))
+    args = changed(SMALL_PLAN, cluster=str(path))
+    assert run(*args).status == 0
+    refused(run(*changed(args, gpus="16")), "mine has no NICs", "one domain of 8", "take fewer accelerators")
 
 
 def test_a_cluster_file_that_can_be_read_is_planned_for(run: Any, tmp_path: Path) -> None:

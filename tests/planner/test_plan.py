@@ -25,6 +25,7 @@ from meshwright.planner.space import MIN_TOKENS, Ints, divisors, legal_space
 from meshwright.planner.tables import make_tables
 from meshwright.schedule.orders import check_micro_batches
 from meshwright.spec.catalogue import load_cluster
+from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.layout import RECOMPUTES, Layout
@@ -84,11 +85,26 @@ def every_layout(model: str, cluster: str, gpus: int, seq: int, batch: int, prec
 def test_the_answer_is_that_of_playing_every_legal_layout(
     model: str, cluster: str, gpus: int, seq: int, batch: int, precision: str
 ) -> None:
-    loaded, machine, work = load_model(model), load_cluster(cluster), Workload(seq, batch)
-    estimator = Estimator(loaded, machine, work)
-    every = [estimator.played(x) for x in every_layout(model, cluster, gpus, seq, batch, precision)]
+    compare_with_playing_all(load_model(model), load_cluster(cluster), Workload(seq, batch), gpus, precision)
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_random_problems_have_the_answer_of_playing_every_legal_layout(number: int) -> None:
+    compare_with_playing_all(*random_problem(Random(number), largest=1200))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("number", range(100, 220))
+def test_more_and_larger_random_problems_have_the_answer_of_playing_every_legal_layout(number: int) -> None:
+    compare_with_playing_all(*random_problem(Random(number), largest=8000))
+
+
+def compare_with_playing_all(model: Model, cluster: Cluster, work: Workload, gpus: int, precision: str = "bf16") -> None:
+    estimator = Estimator(model, cluster, work)
+    space = legal_space(model, work, gpus, precision, cluster.fabric.domain)  # type: ignore[arg-type]
+    every = [estimator.played(x) for x in legal_layouts(space)]
     fitting = [e.step_time_s for e in every if e.fits]
-    found = plan(loaded, machine, work, gpus, precision=precision)  # type: ignore[arg-type]
+    found = plan(model, cluster, work, gpus, precision=precision)  # type: ignore[arg-type]
     assert found.searched == len(every) >= found.priced >= found.played
     if not fitting:
         assert found.best is None
@@ -99,6 +115,36 @@ def test_the_answer_is_that_of_playing_every_legal_layout(
     if found.gap == 0:
         assert found.best.estimate.step_time_s == pytest.approx(min(fitting), rel=1e-12)
     assert found.best.estimate == estimator.estimate(found.best.estimate.layout)
+
+
+MODELS = {
+    "dense": ("gpt2", "opt-1.3b", "llama-small", "llama-3.2-1b", "llama-3-8b", "llama-3-70b", "qwen3-0.6b", "mistral-7b"),
+    "experts": ("mixtral-8x7b", "mixtral-8x22b", "qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2-lite"),
+}
+MACHINES = ("a100-superpod", "h100-superpod", "b200-superpod", "gb200-nvl72", "aws-p5", "mi300x-roce", "local")
+
+
+def random_problem(random: Random, largest: int) -> tuple[Model, Cluster, Workload, int]:
+    """A model of the catalogue with some of its layers, on some accelerators of a cluster, often with so little memory that only a
+    part of its 20 to `largest` legal layouts fit."""
+    names = random.choice(list(MODELS.values()))
+    while True:
+        model, layers = load_model(random.choice(names)), random.randint(2, 8)
+        moe = tuple(range(random.randint(0, 1), layers)) if model.moe_layers else ()
+        model = replace(model, layers=layers, windows=model.windows[:layers], moe_layers=moe)
+        cluster = load_cluster(random.choice(MACHINES))
+        work = Workload(random.choice((256, 512, 1000, 1024, 2048)), random.randint(1, 16))
+        gpus = random.choice((2, 3, 4, 6, 8, 12, 16))
+        if (gpus > 4 and cluster.name == "local") or (model.rope is None and work.seq > model.max_positions):
+            continue
+        space = legal_space(model, work, gpus, "bf16", cluster.fabric.domain)
+        if not len(space.local) or not 20 <= space.size() <= largest:
+            continue
+        if random.random() < 0.75:
+            some = random.choice(list(legal_layouts(space)))
+            memory = {"memory_bytes": Estimator(model, cluster, work).played(some).peak_bytes}
+            cluster = cluster.model_copy(update={"accelerator": cluster.accelerator.model_copy(update=memory)})
+        return model, cluster, work, gpus
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p[0]} {p[5]} on {p[2]} {p[1]}")
@@ -157,8 +203,8 @@ def sensible(reason: str) -> None:
     assert reason
     assert "\n" not in reason
     assert not re.search(r"(?<![\d.])-?0(\.0+)? m?s longer|-\d[\d.]* m?s longer", reason), reason
-    bubble = re.search(r"bubble (\d+)% of the step, against (\d+)%", reason)
-    assert not bubble or int(bubble[1]) > int(bubble[2]), reason
+    bubble = re.search(r"bubble [^:]*: ([\d.]+)% of the step, ([\d.]+)% in the best", reason)
+    assert not bubble or float(bubble[1]) * 1.0005 >= float(bubble[2]), reason
 
 
 def test_every_alternative_has_its_reason() -> None:

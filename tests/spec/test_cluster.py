@@ -117,6 +117,7 @@ CLUSTERS = {
     "a100-superpod": ("a100-sxm-80", 8, 200e9, 8),
     "h100-superpod": ("h100-sxm", 8, 400e9, 8),
     "h200-superpod": ("h200-sxm", 8, 400e9, 8),
+    "h800-superpod": ("h800-sxm", 8, 400e9, 8),
     "b200-superpod": ("b200-sxm", 8, 400e9, 8),
     "gb200-nvl72": ("gb200", 4, 200e9, 72),
     "aws-p5": ("h100-sxm", 8, 400e9, 8),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from meshwright.cli.shared import AsJson, Cluster, GlobalBatch, MemoryBudget, Model, Seq, print_json, show
+from meshwright.cli.shared import AsJson, Cluster, GlobalBatch, MemoryBudget, Model, Seq, print_json, say, show
 
 
 def estimate(
@@ -20,9 +20,15 @@ def estimate(
     timeline: Annotated[
         str | None, typer.Option("--timeline", help="Draw the pipeline timeline to this PNG or SVG.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Dry-run the engine (`trace`) and print where the estimate differs from it.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Price one layout: memory, communication, time."""
+    if check:
+        _check(model, layout, seq, global_batch, json)
+        return
     from meshwright.api import estimate as price
     from meshwright.api import recompute
     from meshwright.report.estimate import estimate_report
@@ -47,3 +53,15 @@ def estimate(
         from meshwright.report.plots import plot_timeline
 
         plot_timeline(priced.timeline, Path(timeline), str(priced.layout))
+
+
+def _check(model: str, layout: str, seq: int, global_batch: int, json: bool) -> None:
+    from meshwright.api import check
+    from meshwright.report.trace import check_dict, check_report
+
+    checks = check(model=model, layout=layout, seq=seq, global_batch=global_batch, progress=say)
+    if json:
+        print_json(check_dict(checks))
+    else:
+        show(check_report(checks))
+    raise typer.Exit(1 if any(one.differences for one in checks) else 0)

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from meshwright import __version__
-from meshwright.cli import bench, catalogue, compare, cost, estimate, fabric, layout, lint, plan, train, verify
+from meshwright.cli import bench, catalogue, compare, cost, estimate, fabric, layout, lint, plan, trace, train, verify
 from meshwright.spec.errors import UserError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("estimate")(estimate.estimate)
 app.command("fabric")(fabric.fabric)
 app.command("lint")(lint.lint)
 app.command("rules")(lint.rules)
+app.command("trace")(trace.trace)
 app.command("verify")(verify.verify)
 app.command("train")(train.train)
 app.command("bench")(bench.bench)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +36,12 @@ def duration(text: str) -> float:
 
 def print_json(value: dict[str, Any] | list[Any]) -> None:
     print(json.dumps(value, indent=1))
+
+
+def say(what: str) -> None:
+    """Progress, where a person watches."""
+    if sys.stderr.isatty():
+        print(what, file=sys.stderr, flush=True)
 
 
 def show(renderable: Any) -> None:

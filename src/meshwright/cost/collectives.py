@@ -137,7 +137,7 @@ class CollectiveTimes:
         if node.nics == 0:
             raise UserError(
                 f"cluster {self.cluster.name} has no NICs, but {c.group_size} ranks of {c.axis} do not fit in one domain of "
-                f"{self.cluster.fabric.domain}"
+                f"{self.cluster.fabric.domain}: give `node` its nics and nic_bandwidth, or take fewer accelerators"
             )
         return node.nics * node.nic_bandwidth / node.accelerators
 

@@ -11,7 +11,7 @@ from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
 from meshwright.cost.gradients import STEADY, gradient_buffer_bytes
 from meshwright.cost.kernels import Kernels
-from meshwright.cost.memory import StageMemory, passing_bytes, stage_memory, state_bytes
+from meshwright.cost.memory import StageMemory, in_flight_bytes, passing_bytes, stage_memory, state_bytes
 from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
 from meshwright.cost.ops import PART, Attention, Collective, Elementwise, Gemm, Op, Piece, Under
 from meshwright.cost.practice import OWN, Practice
@@ -200,7 +200,9 @@ class Estimator:
         floor = self._shared_floor(layout, [(programs[stage].pieces, count) for stage, count in kinds])
         timeline = play(schedule, [self._chunk_seconds(p, layout) for p in programs], send, wound)
         end = max(self._step_end(p, layout, d) for p, d in zip(programs, alone, strict=True))
-        step = max(timeline.end, floor) + end
+        # On the timeline no send waits for another, but a stage has one link, which they all share.
+        sending = max(len(p.boundary) for p in programs) * schedule.micro_batches * send
+        step = max(timeline.end, floor, sending) + end
         # Between fill and drain a send runs beside computation; filling and draining wait for one hop a stage each.
         costs = self._collective_costs(programs, layout, alone, exposed_sends=2 * (layout.pp - 1) * send)
         compute = max(d.compute for d in alone) * schedule.micro_batches
@@ -224,6 +226,7 @@ class Estimator:
         schedule = layout_order(layout, m)
         turns = wound_order(layout.schedule, layout.pp, m, layout.chunks)
         seconds: list[list[ChunkSeconds]] = [[] for _ in range(layout.pp)]
+        send, most = self.send_seconds(layout), 0
         end = peak = floor = 0.0
         for members in alike_stages(self.model, layout):
             state = self._state(layout, members[0])
@@ -235,16 +238,17 @@ class Estimator:
             ]
             whole = self._passing(self.durations(pieces, layout, shared=False), state.passes)
             end = max(end, self._exposed_reduction(state.reductions, whole) + state.rest)
-            saved = [sum(piece.saved_bytes * repeat for piece, repeat in chunk) for chunk in chunks]
             for stage in members:
                 seconds[stage] = [ChunkSeconds(d.forward, d.backward, d.weight) for d in each]
-                sent = sum(c.bytes for c in boundary(self.model, layout, self.workload.seq, stage))
-                passing = passing_bytes(pieces, schedule.peak(stage, saved), sent)
+                sends = boundary(self.model, layout, self.workload.seq, stage)
+                most = max(most, len(sends))
+                held = in_flight_bytes(chunks, schedule, stage, layout)
+                passing = passing_bytes(pieces, held, sum(c.bytes for c in sends))
                 peak = max(peak, state.bytes + sum(passing.values()) + self.overhead)
             if self.cluster.node.compute_slots is not None:
                 busy = self.durations(pieces, layout, shared=True)
                 floor += (busy.forward + busy.backward) * len(members) * m / layout.pp
-        step = max(play_end(turns, seconds, self.send_seconds(layout)), floor if layout.world > 1 else 0.0) + end
+        step = max(play_end(turns, seconds, send), floor if layout.world > 1 else 0.0, most * m * send) + end
         return Price(step, int(peak), peak <= self.cluster.accelerator.memory_bytes)
 
     def _state(self, layout: Layout, stage: int) -> _State:
@@ -259,7 +263,8 @@ class Estimator:
                 self._passes(program, layout),
                 self._state_bytes(program, layout)
                 + unit_buffer_bytes(program, layout)
-                + gradient_buffer_bytes(program, layout, m) * (not self.practice.frozen),
+                # Other software lets go of whole gradients layer by layer.
+                + (gradient_buffer_bytes(program, layout, m) if self.practice == OWN else 0),
             )
         return self._states[key]
 
@@ -512,7 +517,7 @@ class Estimator:
         bare = self.durations(program.pieces, layout, shared=False)
         for calls, work in ((program.gathers[0], bare.forward), ((*program.gathers[1], *program.scatters), bare.backward)):
             together = sum(self.times.seconds(c) for c in calls)
-            share = min(1.0, work / together) if together and self.times.hides else 0.0
+            share = 1 - self._beside(together, work) / together if together and self.times.hides else 0.0
             for c in calls:
                 key = (c.axis, c.op, c.group_size)
                 hidden[key] = hidden.get(key, 0.0) + self.times.seconds(c) * share * m

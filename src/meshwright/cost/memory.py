@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from meshwright.cost.gradients import gradient_buffer_bytes
 from meshwright.cost.offload import PLACES, away, keeps_parameters_away
-from meshwright.cost.ops import Piece
-from meshwright.cost.program import Program
+from meshwright.cost.ops import Gemm, Piece, Under
+from meshwright.cost.program import Pieces, Program
 from meshwright.cost.units import unit_buffer_bytes
 from meshwright.schedule.actions import Schedule
 from meshwright.spec.layout import Layout
-from meshwright.spec.precision import StateBytes
+from meshwright.spec.precision import STATE_BYTES, StateBytes
 
 STEP_COUNTER_BYTES = 4
 """AdamW keeps its step number in an fp32 tensor beside each tensor that it updates: one a bucket."""
@@ -60,13 +60,36 @@ def stage_memory(program: Program, layout: Layout, schedule: Schedule, stage: in
     `overhead`: bytes of context, communication library and allocator.
     """
     sent = sum(c.bytes for c in program.boundary)
-    saved = [sum(piece.saved_bytes * repeat for piece, repeat in chunk) for chunk in program.chunks]
-    passing = passing_bytes(program.pieces, schedule.peak(stage, saved), sent)
+    passing = passing_bytes(program.pieces, in_flight_bytes(program.chunks, schedule, stage, layout), sent)
     units = {"units": nbytes} if (nbytes := unit_buffer_bytes(program, layout)) else {}
     whole = gradient_buffer_bytes(program, layout, schedule.micro_batches)
     buffers = units | ({"whole gradients": whole} if whole else {})
     categories = state_bytes(program, layout) | buffers | passing | {"overhead": overhead}
     return StageMemory(stage, categories, away_bytes(program, layout))
+
+
+def in_flight_bytes(chunks: tuple[Pieces, ...], schedule: Schedule, stage: int, layout: Layout) -> int:
+    """The most that forwards have kept, and halves of backwards put off, at once."""
+    saved = [sum(piece.saved_bytes * repeat for piece, repeat in chunk) for chunk in chunks]
+    if not schedule.splits_backward:
+        return schedule.peak(stage, saved)
+    width = STATE_BYTES[layout.precision].parameter
+    return schedule.peak(stage, saved, [sum(put_off_bytes(piece, width) * repeat for piece, repeat in c) for c in chunks])
+
+
+def put_off_bytes(piece: Piece, width: int) -> int:
+    """What the weights' half of a backward needs: the inputs of linears, once for those that share one, and the gradients of their
+    outputs; elements of `width` bytes."""
+    inputs: dict[tuple[str, int], int] = {}
+    gradients = 0
+    for op in piece.backward:
+        for gemm in op.work if isinstance(op, Under) else (op,):
+            if isinstance(gemm, Gemm) and gemm.is_weight_gradient:
+                inputs[gemm.name.rsplit(".", 1)[0] if "." in gemm.name else gemm.name, gemm.n] = (
+                    gemm.n * gemm.k * gemm.groups
+                )
+                gradients += gemm.m * gemm.k
+    return width * (sum(inputs.values()) + gradients)
 
 
 def passing_bytes(pieces: tuple[tuple[Piece, int], ...], activations: int, sent: int) -> dict[str, int]:

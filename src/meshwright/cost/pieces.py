@@ -172,9 +172,10 @@ def layer_piece(model: Model, layout: Layout, seq: int, window: int | None, moe:
     s = Shapes(model, layout, seq)
     attention = heads(s, window) if model.latent is None else latent(s, model.latent, window)
     mlp = experts(s, model.experts) if moe and model.experts else gated_mlp(s, "mlp", model.ffn // layout.tp)
-    working = mlp.working
+    # Of a model with experts the search prices layers without them first, whose working memory must not be the larger.
+    working = max(mlp.working, _last_product_working(s, 0 if model.experts else model.ffn // layout.tp))
     if s.recomputes("mlp"):
-        working, mlp = mlp.saved, _recomputed(mlp)
+        working, mlp = working + mlp.saved, _recomputed(mlp)
     forward = (s.norm, *attention.forward, s.residual, s.norm, *mlp.forward, s.residual)
     norm_again = (s.norm,) if s.recomputes("norms") else ()
     mlp_norm_again = norm_again * _readers(s, model.experts if moe else None)
@@ -183,7 +184,7 @@ def layer_piece(model: Model, layout: Layout, seq: int, window: int | None, moe:
     saved = s.norm_saved + attention.saved + mlp_norm_saved + mlp.saved
     if layout.recompute == "full":
         again = _up_to_last_saved(forward)
-        return Piece("layer", forward, (*again, *backward), s.residual_bytes, working_bytes=saved, recomputed=again)
+        return Piece("layer", forward, (*again, *backward), s.residual_bytes, saved + working, recomputed=again)
     working += s.residual_bytes if norm_again else 0
     return Piece(
         "layer", forward, backward, saved, working, (*attention.recomputed, *mlp.recomputed, *mlp_norm_again, *norm_again)
@@ -196,6 +197,14 @@ def _readers(s: Shapes, experts: Experts | None) -> int:
     if experts is None or s.recomputes("mlp"):
         return 1
     return bool(experts.shared_ffn) + (s.q == s.exact)
+
+
+def _last_product_working(s: Shapes, width: int) -> int:
+    """Of the backward of the layer's last product, the first of its backward: the gathered gradient, dx, and the weight's gradient
+    before it is added in the dtype that it is kept in."""
+    whole = s.T * s.model.hidden * s.q if s.layout.sp and not s.layout.async_tp else 0
+    product = s.model.hidden * width * s.q if s.q < s.exact else 0
+    return whole + s.T * width * s.q + product
 
 
 def _recomputed(part: Part) -> Part:
@@ -231,14 +240,14 @@ def latent(s: Shapes, latent: LatentAttention, window: int | None) -> Part:
     kv_width = latent.kv_rank + latent.rope_dim
     kv_down = shared_down(s, "attention.kv_down", D, kv_width)
     kv_up = whole_linear(s, "attention.kv_up", s.T, latent.kv_rank, s.heads * (latent.nope_dim + latent.value_dim))
-    saved = (kv_width + latent.kv_rank) * s.T * s.q
+    saved = (kv_width + latent.kv_rank) * s.T * s.q + s.T * s.exact
     if latent.q_rank is None:
         q = columns(s, "attention", D, {"q": queries})
     else:
         down = shared_down(s, "attention.q_down", D, latent.q_rank)
         up = whole_linear(s, "attention.q_up", s.T, latent.q_rank, queries)
         q = Part((*down.forward, *up.forward), (*up.backward, *down.backward), 0)
-        saved += 2 * latent.q_rank * s.T * s.q
+        saved += 2 * latent.q_rank * s.T * s.q + s.T * s.exact
     rotary = Elementwise("rotary", 4 * s.heads * latent.rope_dim * s.T * s.q)
     core = attention_core(s, s.heads, latent.nope_dim + latent.rope_dim, latent.value_dim, window)
     out = row(s, "attention.out", s.heads * latent.value_dim)
@@ -292,6 +301,8 @@ def _core_saved(s: Shapes, kv_heads: int, head_dim: int, value_dim: int, window:
     if layout.cp_ring == 1 and ((window is not None and window < s.seq) or model.sinks):
         own += s.seq * (s.seq + model.sinks) * s.q
         own += model.sinks * SINK_DIMS * (s.heads + kv_heads) * s.T * s.q
+        keys = kv_heads * kv_copies(kv_heads, layout.cp_ulysses) // layout.cp_ulysses * layout.micro_batch
+        own += model.sinks * keys * (head_dim + SINK_DIMS + value_dim) * s.q
     return inputs, own + s.T * s.heads * 4
 
 
@@ -407,8 +418,10 @@ def routed(s: Shapes, experts: Experts) -> Part:
     backward = (
         permute, *travel, *hidden.recomputed, *down_back, *hidden.backward, *up_back, *travel, permute, *router.backward,
     )  # fmt: skip
-    saved = hidden.saved + 2 * rows * D * s.q + _routing_saved(s, experts)
-    return Part(forward, backward, saved, hidden.recomputed, hidden.working)
+    biased = (len(parts) + 1) * rows * 8 if experts.bias else 0  # the expert of each row, for each product
+    saved = hidden.saved + 2 * rows * D * s.q + biased + _routing_saved(s, experts)
+    exact = 2 * rows * D * s.exact if s.q < s.exact else 0  # outputs, while they are weighed
+    return Part(forward, backward, saved, hidden.recomputed, max(hidden.working, exact))
 
 
 def _routing_saved(s: Shapes, experts: Experts) -> int:
@@ -429,12 +442,17 @@ def _grouped_backward(name: str, rows: int, width: int, inner: int, groups: int)
 
 @lru_cache(maxsize=512)
 def embedding_piece(model: Model, layout: Layout, seq: int) -> Piece:
-    """Token (and position) lookup; its weight gradient is scattered row by row."""
+    """Token (and position) lookup; its weight gradient is scattered row by row.
+
+    Kept: ids, and positions where they are learned; with tensor parallel also the rows on this rank, and which ids have none here.
+    """
     s = Shapes(model, layout, seq)
     whole = s.T * model.hidden * s.q
     forward: tuple[Op, ...] = (Elementwise("lookup", 2 * whole), *s.leave())
     gather = s.tp("all_gather", whole) if layout.sp else []
-    return Piece("embedding", forward, (*gather, Elementwise("lookup", 3 * whole)), s.T * 8)
+    positions = 0 if model.rope else (s.t if layout.sp else seq // layout.cp)
+    saved = 8 * (s.T + positions) + (9 * s.T if layout.tp > 1 else 0)
+    return Piece("embedding", forward, (*gather, Elementwise("lookup", 3 * whole)), saved)
 
 
 @lru_cache(maxsize=512)
@@ -449,20 +467,21 @@ def head_piece(model: Model, layout: Layout, seq: int, tp_rank: int) -> Piece:
     head = columns(s, "head", model.hidden, {"weight": vocab})
     forward: tuple[Op, ...] = (s.norm, *head.forward, Elementwise("loss", logits * (s.q + 4 * exact)), *loss)
     backward: tuple[Op, ...] = (Elementwise("loss", logits * (2 * exact + s.q)), *head.backward, s.norm_backward)
-    saved = 2 * s.residual_bytes + s.t * s.statistics * s.exact + logits * exact
-    return Piece("head", forward, backward, saved, working_bytes=logits * (exact + s.q))
+    labels = 10 * s.T if layout.tp > 1 else 0  # their rows on this rank, and which count and which have one here
+    saved = 2 * s.residual_bytes + s.t * s.statistics * s.exact + logits * exact + labels
+    return Piece("head", forward, backward, saved, working_bytes=logits * (s.q + (exact if s.q < exact else 0)))
 
 
 def _up_to_last_saved(forward: tuple[Op, ...]) -> tuple[Op, ...]:
     """Recompute runs a layer, or its MLP, again up to the last tensor that backward needs: the input of the last product, or the
     experts' outputs, which their weights multiply.
 
-    The sum after it is not repeated (PyTorch's checkpoint stops early), nor is that product; but where product and sum are one
-    (async tensor parallel), both are.
+    The sum after it is not repeated (PyTorch's checkpoint stops early), but that product is: its function hands over what it saves
+    when it ends. Where product and sum are one (async tensor parallel), both are.
     """
     last = max(
         i
         for i, op in enumerate(forward)
         if isinstance(op, Gemm | Under) or (isinstance(op, Elementwise) and op.name == "permute")
     )
-    return forward[: last + isinstance(forward[last], Under)]
+    return forward[: last + isinstance(forward[last], Gemm | Under)]

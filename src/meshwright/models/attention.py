@@ -6,6 +6,7 @@ queries and keys, E head dim of values (they differ under latent attention).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,7 @@ class AttentionCore(nn.Module):
     def __init__(self, window: int | None, scale: float | None = None):
         super().__init__()
         self.window, self.scale = window, scale
+        self.kernel: Callable[..., Tensor] = F.scaled_dot_product_attention
 
     def forward(
         self, q_BHLC: Tensor, k_BKLC: Tensor, v_BKLE: Tensor, where: Where, sinks_H: Tensor | None = None
@@ -78,11 +80,10 @@ class AttentionCore(nn.Module):
             q_BHLC, k_BKLC, v_BKLE = with_sink_key(q_BHLC, k_BKLC, v_BKLE, sinks_H / scale)
             mask = F.pad(mask, (1, 0), value=True)
         narrower = q_BHLC.shape[3] - v_BKLE.shape[3]
-        if narrower > 0 and q_BHLC.device.type == "cpu":  # whose fused kernel wants keys and values of one width
+        padded = narrower > 0 and q_BHLC.device.type == "cpu" and self.kernel is F.scaled_dot_product_attention
+        if padded:  # the fused kernel of CPUs wants keys and values of one width
             v_BKLE = F.pad(v_BKLE, (0, narrower))
-        y_BHLE = F.scaled_dot_product_attention(
-            q_BHLC, k_BKLC, v_BKLE, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=grouped
-        )
+        y_BHLE = self.kernel(q_BHLC, k_BKLC, v_BKLE, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=grouped)
         return y_BHLE[..., :out_width]
 
 

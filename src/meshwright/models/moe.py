@@ -151,11 +151,15 @@ class LocalDispatch(nn.Module):
         if routing.kept_tk is not None:
             expert_n = expert_n.masked_fill(~routing.kept_tk, count)  # behind all others
         order = Order.by(expert_n.flatten())
-        *counts, dropped = expert_n.flatten().bincount(minlength=count + 1).tolist()
+        *counts, dropped = self.counted(expert_n.flatten(), count + 1)
         x_nD = take(x_tD, order.source // k, order.place)
         y_nD = experts(x_nD[: len(x_nD) - dropped], counts)
         y_nD = F.pad(y_nD, (0, 0, 0, dropped)) if dropped else y_nD
         return weigh(take(y_nD, order.place, order.source).view(t, k, 1, x_tD.shape[1]), routing.weights_tk)
+
+    def counted(self, expert_n: Tensor, count: int) -> list[int]:
+        """How often each of 0..count-1 occurs, on the host."""
+        return expert_n.bincount(minlength=count).tolist()  # type: ignore[no-any-return]
 
 
 class Experts(nn.Module):

@@ -105,13 +105,16 @@ class ExpertParallelDispatch(nn.Module):
         rank_tkj = rank_tk1 + torch.arange(self.etp, device=experts_tk.device)
         return (rank_tkj * self.held + (experts_tk % self.held).unsqueeze(-1)).flatten()
 
+    def on_host(self, counts: Tensor) -> Any:
+        """Split sizes must be known to the host: the one time that it waits for the device."""
+        return counts.tolist()
+
     def _exchange_counts(self, slots_n: Tensor) -> Counts:
         leaving_re = slots_n.new_zeros(self.group.size * self.held).scatter_add_(0, slots_n, torch.ones_like(slots_n))
         leaving_re = leaving_re.view(self.group.size, self.held)
         arriving_re = torch.empty_like(leaving_re)
         self.group.all_to_all(arriving_re, leaving_re, [1] * self.group.size, [1] * self.group.size)
-        # Split sizes must be known to the host: the one time that it waits for the device.
-        leaving, arriving = torch.stack((leaving_re, arriving_re)).tolist()
+        leaving, arriving = self.on_host(torch.stack((leaving_re, arriving_re)))
         sums = [sum(row) for row in arriving]
         expert_re = torch.arange(self.held, device=slots_n.device).expand(self.group.size, -1)
         expert_n = expert_re.flatten().repeat_interleave(arriving_re.flatten(), output_size=sum(sums))

@@ -63,8 +63,9 @@ class Mesh:
         return tensor
 
 
-def build_mesh(layout: Layout, model: Model, device: torch.device) -> Mesh:
-    """Make the process groups of `layout`. Needs an initialised process group unless the world is one rank.
+def build_mesh(layout: Layout, model: Model, device: torch.device, ledger: Ledger | None = None) -> Mesh:
+    """Make the process groups of `layout`. Needs an initialised process group unless the world is one rank. What the groups
+    send is told to `ledger`.
 
     Raises UserError when the number of processes is not the layout's world.
     """
@@ -72,8 +73,8 @@ def build_mesh(layout: Layout, model: Model, device: torch.device) -> Mesh:
     rank = dist.get_rank() if dist.is_initialized() else 0
     if world != layout.world:
         raise UserError(f"layout '{layout}' needs {layout.world} ranks, but {world} were started")
-    grid, ledger = Grid(layout), Ledger()
-    handles = _axis_handles(layout, device)
+    grid, ledger = Grid(layout), ledger or Ledger()
+    handles = _lone_handles(grid, rank) if _is_fake() else _axis_handles(layout, device)
     groups = {}
     for axis in layout.order:
         ranks = grid.group(axis, rank)
@@ -109,6 +110,18 @@ def _derived(layout: Layout, model: Model, grid: Grid) -> dict[str, tuple[str, M
     return out
 
 
+def _is_fake() -> bool:
+    """Whether one process stands for the whole world (PyTorch's fake process group), so that no other rank waits for its part in
+    the making of a group."""
+    return dist.is_initialized() and dist.get_backend() == "fake"
+
+
+def _lone_handles(grid: Grid, rank: int) -> dict[str, dist.ProcessGroup]:
+    """Of the axes above degree 1, this rank's groups alone: a world may have tens of thousands of others."""
+    layout = grid.layout
+    return {axis: dist.new_group(list(grid.group(axis, rank))) for axis in layout.order if layout.degree(axis) > 1}
+
+
 def _axis_handles(layout: Layout, device: torch.device) -> dict[str, dist.ProcessGroup]:
     """One process group for each axis above degree 1, made by PyTorch's DeviceMesh."""
     outermost_first = [axis for axis in reversed(layout.order) if layout.degree(axis) > 1]
@@ -132,7 +145,7 @@ def _group(axis: str, members: Members, made: dict[str, Group], rank: int, world
     if same is not None:  # the grid is regular: what is equal for one rank is equal for all
         return Group(axis, mine, index, same.handle, ledger)
     handle = None
-    for ranks in sorted({members(r) for r in range(world)}):
+    for ranks in [mine] if _is_fake() else sorted({members(r) for r in range(world)}):
         created = dist.new_group(list(ranks))
         if ranks == mine:
             handle = created

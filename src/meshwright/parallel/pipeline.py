@@ -55,6 +55,7 @@ class Pipeline:
         self.boundary, self.dtype = boundary, dtype
         self.work = batches(schedule.actions[group.index])
         self.loss_dtype = torch.promote_types(dtype, torch.float32)
+        self.step_type: type[Step] = Step
 
     def run(self, data: Sequence[MicroBatch], scale: Tensor) -> Tensor:
         """One step over `data`; gradients are of `scale` times the summed loss.
@@ -63,7 +64,7 @@ class Pipeline:
         """
         if len(data) != self.schedule.micro_batches:
             raise ValueError(f"the schedule runs {self.schedule.micro_batches} micro-batches, got {len(data)}")
-        step = _Step(self, data, scale)
+        step = self.step_type(self, data, scale)
         compute = {
             Kind.FORWARD: step.forward,
             Kind.BACKWARD: step.backward,
@@ -83,7 +84,7 @@ Part = tuple[int, int]
 """(micro-batch, chunk)."""
 
 
-class _Step:
+class Step:
     """The tensors in flight during one step.
 
     Of a forward that is through, only its input and its graph are kept: the output goes as soon as it is with the next chunk.

@@ -21,6 +21,12 @@ AXIS_NAMES = {
 GIB = 2**30
 SAME = 5e-4
 """Share of the step below which two layouts are called equally quick."""
+RATIO = 1.05
+"""Of bytes, or of the time of a byte, from which on it is told."""
+MATTERS = 0.01
+"""Of the time of a collective: what of the best's takes less is not compared with it."""
+UNEVEN = 0.02
+"""How much more uneven stages must be than the best's to be given as a reason."""
 
 
 def reason_against(estimate: Estimate, best: Estimate | None) -> str:
@@ -72,23 +78,79 @@ def kinds_of(domain: int) -> list[tuple[str, Kind]]:
 
 
 def _main_difference(estimate: Estimate, best: Estimate) -> str:
-    """The part of the step that grew most."""
+    """The part of the step that grew most, and the one that shrank for it where most of the growth was given back."""
+    grown = _growth(estimate, best)
+    part, saved = max(grown, key=lambda name: grown[name]), min(grown, key=lambda name: grown[name])
+    reason = f"{_name(part)} {_seconds(grown[part])} longer{_mechanism(part, estimate, best)}"
+    if -grown[saved] > grown[part] / 2:
+        reason += f"; {_name(saved)} {_seconds(-grown[saved])} shorter"
+    return reason
+
+
+def _growth(estimate: Estimate, best: Estimate) -> dict[str, float]:
+    """Seconds that each part of the step takes more than in the best."""
     parts = dict.fromkeys((*estimate.breakdown, *best.breakdown))
     grown = {part: estimate.breakdown.get(part, 0.0) - best.breakdown.get(part, 0.0) for part in parts}
     grown["bubble"] = estimate.bubble * estimate.step_time_s - best.bubble * best.step_time_s
     grown.pop("waiting", None)  # the bubble and what the stages' differences add to it
-    part = max(grown, key=lambda name: grown[name])
-    axis = part.split()[0]
+    return grown
+
+
+def _name(part: str) -> str:
     if part == "bubble":
-        return f"pipeline bubble {_seconds(grown[part])} longer: {estimate.bubble:.0%} of the step, {best.bubble:.0%} in the best"
-    if part == "optimizer":
-        whole = ", its state not cut over dp" if best.layout.zero > estimate.layout.zero else ""
-        return f"optimizer {_seconds(grown[part])} longer{whole}"
+        return "pipeline bubble"
     if part == "compute":
-        why = ", full recompute" if estimate.layout.recompute == "full" and best.layout.recompute == "none" else ""
-        return f"computation {_seconds(grown[part])} longer{why}"
+        return "computation"
+    axis = part.split()[0]
+    return f"{AXIS_NAMES[axis]} communication" if axis in AXIS_NAMES else part
+
+
+def _mechanism(part: str, estimate: Estimate, best: Estimate) -> str:
+    layout, other = estimate.layout, best.layout
+    if part == "bubble":
+        return f": {estimate.bubble:.1%} of the step, {best.bubble:.1%} in the best"
+    if part == "optimizer":
+        return ", its state not cut over dp" if other.zero > layout.zero else ""
+    if part == "compute":
+        return _why_computes(estimate, best)
+    axis = part.split()[0]
+    return _why_sends(axis, estimate, best) if axis in AXIS_NAMES else ""
+
+
+def _why_computes(estimate: Estimate, best: Estimate) -> str:
+    layout, other = estimate.layout, best.layout
+    if layout.recompute != other.recompute and layout.recompute != "none":
+        return f", {layout.recompute} recompute"
+    if layout.tp > 1 and not layout.sp and (other.sp or other.tp < layout.tp):
+        return f": all {layout.tp} tensor-parallel ranks compute the whole norms and residuals"
+    busiest, usual = _unevenness(estimate), _unevenness(best)
+    if busiest > usual * (1 + UNEVEN):
+        return f": the busiest stage works {busiest:.2f} x the mean, {usual:.2f} x in the best"
+    return ""
+
+
+def _unevenness(estimate: Estimate) -> float:
+    """Of the busiest stage, over the mean."""
+    timeline = estimate.timeline
+    if timeline is None:
+        return 1.0
+    busy = [timeline.busy(stage) for stage in range(timeline.stages)]
+    return max(busy) * len(busy) / sum(busy)
+
+
+def _why_sends(axis: str, estimate: Estimate, best: Estimate) -> str:
+    """The operation that most is waited for, the links it takes, and what became of it against the best's."""
     slow = max((c for c in estimate.collectives if c.axis == axis), key=lambda c: c.exposed_s)
-    return f"{AXIS_NAMES[axis]} communication {_seconds(grown[part])} longer ({slow.op} over {slow.group_size} ranks, {slow.link})"
+    its = max((c for c in best.collectives if c.axis == axis and c.op == slow.op), key=lambda c: c.exposed_s, default=None)
+    what = f"{slow.op} over {slow.group_size} ranks, {slow.link}"
+    leaves = ": it leaves the scale-up domain" if its and (its.link, slow.link) == ("scale-up", "network") else ""
+    if its is None or its.time_s < slow.time_s * MATTERS:  # nothing to compare with, such as the sum of a norm
+        return f"{leaves} ({what})"
+    more = slow.bytes / its.bytes
+    dearer = slow.time_s / slow.bytes / (its.time_s / its.bytes)
+    ratios = [f"{more:.1f} x the bytes of {its.group_size} ranks"] * (more > RATIO)
+    ratios += [f"{dearer:.1f} x the time a byte"] * (dearer > RATIO)
+    return f"{leaves} ({': '.join([what, ', '.join(ratios)]) if ratios else what})"
 
 
 def _seconds(value: float) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from meshwright.cost.estimate import Estimator
-from meshwright.cost.ops import PART, Collective, Piece
+from meshwright.cost.ops import PART, Collective, Op, Piece
 from meshwright.cost.pieces import (
     Part,
     Shapes,
@@ -83,7 +83,7 @@ def make_tables(space: Space, estimator: Estimator) -> Tables:
     layers = [(model.window(i), model.is_moe(i)) for i in range(model.layers)]
     kinds = tuple(dict.fromkeys(layers))
     figures: list[list[Figures]] = []
-    boundary = np.empty(len(space.locals))
+    boundary, working = np.empty(len(space.locals)), np.empty(len(space.locals))
     ends: dict[tuple[int, bool, int, int], list[Figures]] = {}
     plain: dict[Local, list[Figures]] = {}
     for at, one in enumerate(space.locals):
@@ -99,11 +99,11 @@ def make_tables(space: Space, estimator: Estimator) -> Tables:
             both = embedding_piece(model, layout, seq), head_piece(model, layout, seq, 0)
             ends[key] = [_figures(estimator, piece, layout) for piece in both]
         figures.append([*rows, *ends[key]])
-        boundary[at] = Shapes(model, layout, seq).residual_bytes
+        boundary[at], working[at] = Shapes(model, layout, seq).residual_bytes, plain[bare][0].working
     every = np.array(figures).transpose(2, 1, 0)[:, :, space.local]
     whole = dict(zip(Figures._fields, every, strict=True))
     if model.experts is not None:
-        _add_experts(space, estimator, kinds, whole)
+        _add_experts(space, estimator, kinds, whole, working)
     return Tables(kinds, whole, boundary[space.local], *_shards(space, kinds))
 
 
@@ -129,8 +129,11 @@ def _recomputed(estimator: Estimator, piece: Piece, layout: Layout, plain: Figur
     )
 
 
-def _add_experts(space: Space, estimator: Estimator, kinds: Sequence[Kind], whole: dict[str, Floats]) -> None:
-    """Add to the kinds with experts what these cost more than a plain MLP, for as many tokens on a rank."""
+def _add_experts(
+    space: Space, estimator: Estimator, kinds: Sequence[Kind], whole: dict[str, Floats], working: Floats
+) -> None:
+    """Add to the kinds with experts what these cost more than a plain MLP, for as many tokens on a rank. `working`: of a layer with
+    such an MLP that recomputes nothing."""
     model, seq = space.model, space.workload.seq
     assert model.experts is not None
     shape = model.experts
@@ -146,12 +149,14 @@ def _add_experts(space: Space, estimator: Estimator, kinds: Sequence[Kind], whol
         )
         figures = [_part_figures(estimator, part, layout) for part in (shared, outputs, mlp)]
         more: Floats = figures[0] + figures[1] - figures[2]
-        more[-1] = figures[0][-1] - figures[2][0]
+        more[-2:] = 0.0, figures[0][-1] - figures[2][0]
         return more
 
     def each(u: int, expert: int) -> Floats:
         layout = Local(1, False, 1, 1, 1, "none").layout(space.gpus, space.precision, *space.experts[expert])
-        return _part_figures(estimator, routed(Shapes(model, layout, u), shape), layout)
+        part = routed(Shapes(model, layout, u), shape)
+        # Where nothing comes after it that must run again, neither must the last of it.
+        return _part_figures(estimator, part, layout, part.forward if shape.shared_ffn else part.forward[:-1])
 
     tokens = [x.micro_batch * seq // x.cp for x in space.locals]
     others, other = _numbered([(T, x.tp, x.sp) for T, x in zip(tokens, space.locals, strict=True)])
@@ -161,7 +166,7 @@ def _add_experts(space: Space, estimator: Estimator, kinds: Sequence[Kind], whol
         [each(sizes[at], expert) for at, expert in (divmod(pair, len(space.experts)) for pair in pairs.tolist())]
     )
     more = values.T[:, which] + np.array([beside(*key) for key in others]).T[:, other[space.local]]
-    forward, backward, weight, crowded, saved, again = more
+    forward, backward, weight, crowded, saved, own, again = more
     full = np.array([x.recompute == "full" for x in space.locals])[space.local]
     for row in [row for row, (_, moe) in enumerate(kinds) if moe]:
         whole["forward"][row] += forward
@@ -169,7 +174,7 @@ def _add_experts(space: Space, estimator: Estimator, kinds: Sequence[Kind], whol
         whole["weight"][row] += weight
         whole["crowded"][row] += crowded
         whole["saved"][row] += ~full * saved
-        whole["working"][row] += full * saved
+        whole["working"][row] += full * saved + own - working[space.local]
 
 
 def _numbered(keys: Sequence[K]) -> tuple[list[K], Ints]:
@@ -178,13 +183,13 @@ def _numbered(keys: Sequence[K]) -> tuple[list[K], Ints]:
     return list(ids), np.array([ids[key] for key in keys], dtype=np.int64)
 
 
-def _part_figures(estimator: Estimator, part: Part, layout: Layout) -> Floats:
-    """[forward, backward, weight, crowded, saved, again] of a part of a layer; `again` is forward without its communication: no more
-    than what a full recompute repeats."""
-    found = _figures(estimator, Piece(PART, part.forward, part.backward, part.saved), layout)
-    computed = tuple(op for op in part.forward if not isinstance(op, Collective))
+def _part_figures(estimator: Estimator, part: Part, layout: Layout, repeated: Sequence[Op] | None = None) -> Floats:
+    """The figures of a part of a layer, and `again`: forward (or what is `repeated` of it) without its communication, no more than
+    what a full recompute repeats."""
+    found = _figures(estimator, Piece(PART, part.forward, part.backward, part.saved, part.working), layout)
+    computed = tuple(op for op in (part.forward if repeated is None else repeated) if not isinstance(op, Collective))
     again = estimator.durations(((Piece(PART, computed, (), 0), 1),), layout, shared=False)
-    return np.array([*found[:-1], again.forward])
+    return np.array([*found, again.forward])
 
 
 def _shards(space: Space, kinds: Sequence[Kind]) -> tuple[tuple[tuple[ShardSizes, ...], ...], Ints]:

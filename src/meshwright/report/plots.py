@@ -38,7 +38,7 @@ def plot_loss(metrics: Path, out: Path) -> None:
     right.plot(steps, [row["grad_norm"] for row in rows], color="#dd8452", linewidth=0.8)
     right.set_ylabel("gradient norm", color="#dd8452")
     figure.tight_layout()
-    _save(figure, out)
+    save(figure, out)
     plt.close(figure)
 
 
@@ -68,11 +68,12 @@ def plot_timeline(timeline: Timeline, out: Path, title: str) -> None:
     axes.set_xlabel("seconds")
     axes.set_title(f"{title}: bubble {timeline.bubble:.1%}", fontsize=10)
     figure.tight_layout()
-    _save(figure, out)
+    save(figure, out)
     plt.close(figure)
 
 
-def _save(figure: Figure, out: Path) -> None:
+def save(figure: Figure, out: Path) -> None:
+    """Raises UserError when `out` cannot be written, or its ending names no format."""
     try:
         figure.savefig(out, dpi=120)
     except OSError as error:

@@ -102,7 +102,7 @@ class Schedule:
     def chunks(self) -> int:
         return len(self.placement[0])
 
-    @property
+    @cached_property
     def splits_backward(self) -> bool:
         """Whether any backward is done in two halves."""
         return any(action.kind is Kind.BACKWARD_INPUT for actions in self.actions for action in actions)
@@ -157,23 +157,28 @@ class Schedule:
             for action in self.actions[stage]
         )
 
-    def peak(self, stage: int, sizes: Sequence[int]) -> int:
+    def peak(self, stage: int, sizes: Sequence[int], deferred: Sequence[int] | None = None) -> int:
         """The most that a stage holds at once, when a forward of chunk i keeps `sizes[i]`. A split backward keeps it until the
-        weights' half is done: the inputs of the linears, which that half needs, are most of it."""
-        return max(sum(n * size for n, size in zip(held, sizes, strict=True)) for held in self._fullest(stage))
+        weights' half is done, or `deferred[i]` where that is more: the inputs of the linears and the gradients of their outputs, which
+        that half needs, whether they were kept or made again."""
+        later = [max(pair) for pair in zip(sizes, deferred or sizes, strict=True)]
+        return max(sum(n * size for n, size in zip(held, (*sizes, *later), strict=True)) for held in self._fullest(stage))
 
     def _fullest(self, stage: int) -> set[tuple[int, ...]]:
-        """How many micro-batches of each chunk the stage holds, at every moment at which it holds as many of the chunk as it ever
-        does with those of the others: any of these may be the most, whatever the sizes."""
+        """How many micro-batches the stage holds of each chunk, and of each chunk deferred, at every moment at which no other has as
+        many of all of them: any of these may be the most, whatever the sizes."""
         if stage not in self._held:
-            held = [0] * self.chunks
-            each: set[tuple[int, ...]] = set()
+            chunks, each = self.chunks, set[tuple[int, ...]]()
+            held = [0] * 2 * chunks
             for action in self.actions[stage]:
                 if action.kind is Kind.FORWARD:
                     held[action.chunk] += 1
-                    each.add(tuple(held))
-                elif action.kind is Kind.BACKWARD or action.kind is Kind.BACKWARD_WEIGHT:
+                elif action.kind.gives_input_gradient:
                     held[action.chunk] -= 1
+                    held[chunks + action.chunk] += action.kind is Kind.BACKWARD_INPUT
+                elif action.kind is Kind.BACKWARD_WEIGHT:
+                    held[chunks + action.chunk] -= 1
+                each.add(tuple(held))
             self._held[stage] = {a for a in each if not any(a != b and all(map(le, a, b)) for b in each)}
         return self._held[stage]
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from meshwright.spec.errors import UserError
+from meshwright.spec.grid import Grid
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
 from meshwright.spec.shards import Seat, Shard, Split, chunk_shards
@@ -54,6 +55,13 @@ def rank_shards(model: Model, layout: Layout, stage: int, seat: Seat) -> tuple[S
     split = Split.of(layout)
     chunks = sorted(stage_chunks(model.layers, layout)[stage], key=lambda chunk: chunk.place)
     return tuple(s for c in chunks for s in chunk_shards(model, split, seat, c.layers, c.first, c.last))
+
+
+def first_rank(layout: Layout, stage: int) -> int:
+    """The rank of `stage` that is first on all other axes. Raises UserError for a stage that there is not."""
+    if not 0 <= stage < layout.pp:
+        raise UserError(f"stage {stage} is not one of the {layout.pp} of '{layout}': try 0 to {layout.pp - 1}")
+    return Grid(layout).rank(pp=stage)
 
 
 def even_counts(layers: int, stages: int) -> tuple[int, ...]:

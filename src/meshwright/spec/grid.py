@@ -53,8 +53,11 @@ class Grid:
     def expert_coordinates(self, rank: int) -> dict[str, int]:
         """Place among the ranks of the stage, which experts split anew: etp innermost, then ep, then edp ("parallel
         folding", arXiv 2504.14960)."""
-        layout = self.layout
-        within = self.joint_group(rank, ("tp", "cp", "dp")).index(rank)
+        layout, here = self.layout, self.coordinates(rank)
+        within, stride = 0, 1  # the place among the ranks of the stage, ascending
+        for axis in layout.order:
+            if axis != "pp":
+                within, stride = within + here[axis] * stride, stride * layout.degree(axis)
         rest, etp = divmod(within, layout.etp)
         edp, ep = divmod(rest, layout.ep)
         return {"etp": etp, "ep": ep, "edp": edp}
