@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -25,7 +26,8 @@ from meshwright.spec.parameters import count_parameters
 from meshwright.testing import pool
 from meshwright.verify.check import Verifier
 from meshwright.verify.difference import PHASES, worst_by_operator
-from meshwright.verify.ranks import Sabotage, Step
+from meshwright.verify.held import held_gradients
+from meshwright.verify.ranks import Sabotage, Step, run_step
 from meshwright.verify.shrink import shrink
 
 # --- the command
@@ -153,6 +155,19 @@ def test_no_operator_is_blamed_where_all_is_right(model: str, layout: str) -> No
         assert len(errors) > 12
         assert max(errors.values()) <= 1e-9, errors
         assert {name.split(".")[0] for name in errors} >= {"layers", "norm", "head"}
+
+
+@pytest.mark.parametrize(("precision", "measure"), [("fp64", "bias"), ("fp32", "weight")])
+def test_a_bias_is_measured_against_its_weight_in_fp32_alone(precision: str, measure: str) -> None:
+    step = Step(*shrink(load_model("qwen2-7b"), parse_layout(precision)))
+    reference = pool().run(run_step, 1, step)[0]
+    gradients = {shard.name: gradient for shard, gradient in reference.gradients}
+    name = "layers.0.attention.qkv.k"
+    assert gradients[f"{name}.weight"].abs().max() > 2 * gradients[f"{name}.bias"].abs().max(), "so the measures differ"
+    wrong = replace(reference, gradients=[(s, g + 0.01 if s.name == f"{name}.bias" else g) for s, g in reference.gradients])
+    errors = {shard.name: held.error for shard, held in held_gradients(step, reference, [wrong])}
+    assert errors[f"{name}.bias"] == pytest.approx(0.01 / float(gradients[f"{name}.{measure}"].abs().max()), rel=1e-5)
+    assert [other for other, error in errors.items() if error] == [f"{name}.bias"]
 
 
 # --- shrinking

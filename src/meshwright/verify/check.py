@@ -123,7 +123,7 @@ class Verifier:
             reference.loss,
             _furthest([report.grad_norm for report in reports], reference.grad_norm),
             reference.grad_norm,
-            _errors(step.model, reference, reports),
+            _errors(step, reference, reports),
             _total(reports),
         )
         return result if result.ok or not explain else replace(result, first_difference=self._explain(result))
@@ -153,11 +153,11 @@ class Verifier:
             return True
 
 
-def _errors(model: Model, reference: Report, reports: Sequence[Report]) -> dict[str, float]:
+def _errors(step: Step, reference: Report, reports: Sequence[Report]) -> dict[str, float]:
     """The worst of all ranks, by parameter; infinite where no rank holds some part of a gradient."""
     seen = {shard.name: torch.zeros(gradient.shape, dtype=torch.bool) for shard, gradient in reference.gradients}
     errors = dict.fromkeys(seen, 0.0)
-    for shard, value in held_gradients(model, reference, reports):
+    for shard, value in held_gradients(step, reference, reports):
         errors[shard.name] = max(errors[shard.name], value.error)
         shard.of(seen[shard.name]).fill_(True)
     return {name: error if bool(seen[name].all()) else torch.inf for name, error in errors.items()}

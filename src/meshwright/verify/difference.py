@@ -42,7 +42,7 @@ def first_difference(step: Step, reference: Report, reports: Sequence[Report], t
             if (found := _difference(phase, operator, values, tolerance)) is not None:
                 return found
     gradients: dict[str, list[Held]] = {shard.name: [] for shard, _ in reference.gradients}
-    for shard, value in held_gradients(step.model, reference, reports):
+    for shard, value in held_gradients(step, reference, reports):
         gradients[shard.name].append(value)
     found_all = (_difference("parameter", name, values, tolerance) for name, values in gradients.items())
     return next((found for found in found_all if found is not None), None)

@@ -56,19 +56,31 @@ def relative_error(got: Tensor, expected: Tensor, scale: Tensor | None = None) -
     return error if error == error else torch.inf
 
 
-def held_gradients(model: Model, reference: Report, reports: Sequence[Report]) -> Iterator[tuple[Shard, Held]]:
-    """Of parameters, by rank.
+def held_gradients(step: Step, reference: Report, reports: Sequence[Report]) -> Iterator[tuple[Shard, Held]]:
+    """Of parameters, by rank."""
+    whole = {shard.name: gradient for shard, gradient in reference.gradients}
+    scales = {name: _scale(name, whole, step) for name in whole}
+    for report in reports:
+        for shard, gradient in report.gradients:
+            yield shard, Held(report.coordinates, 0, gradient, shard.of(whole[shard.name]), scales[shard.name])
+
+
+def _scale(name: str, whole: Mapping[str, Tensor], step: Step) -> Tensor:
+    """Whose largest element the error of a parameter's gradient is measured against: its own, with two exceptions.
 
     A key bias without rotary positions shifts all scores of a query alike: its gradient is zero and what is computed is
     rounding, so the query bias of the same layer sets the scale.
+
+    A bias sums up over tokens what its weight sums up times inputs, which are of the order of one. Where that cancels, as of a key bias
+    whose positions turn little, or of a router's that has one choice for all tokens, nothing is left in fp32 but the rounding
+    of the terms; so there the weight sets the scale if its gradient is larger. In fp64 there is room for it.
     """
-    whole = {shard.name: gradient for shard, gradient in reference.gradients}
-    for report in reports:
-        for shard, gradient in report.gradients:
-            at = shard.name
-            if model.rope is None and at.endswith("qkv.k.bias"):
-                at = at.replace("qkv.k", "qkv.q")
-            yield shard, Held(report.coordinates, 0, gradient, shard.of(whole[shard.name]), whole[at])
+    if step.model.rope is None and name.endswith("qkv.k.bias"):
+        return whole[name.replace("qkv.k", "qkv.q")]
+    weight = whole.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
+    if step.layout.precision != "fp32" or weight is None:
+        return whole[name]
+    return torch.maximum(whole[name].abs().max(), weight.abs().max())
 
 
 def held_values(step: Step, phase: Phase, reference: Report, reports: Sequence[Report]) -> dict[str, list[Held]]:
