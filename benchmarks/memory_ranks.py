@@ -120,21 +120,21 @@ def _step(engine: Engine, optimizer: Optimizer, step: int, data: list[list[Tenso
 def _after_forwards(live: LiveStorages, state: int) -> Iterator[tuple[list[int], list[int]]]:
     """Counts at the end of every forward inside: bytes of activations, and of what is on its way between stages."""
     activations, passing = [], []
-    forward = pipeline._Step.forward
+    forward = pipeline.Step.forward
 
-    def counted(step: pipeline._Step, action: Action) -> None:
+    def counted(step: pipeline.Step, action: Action) -> None:
         forward(step, action)
         passing.append(_on_the_way(step))
         activations.append(live.alive() - state - passing[-1])
 
-    pipeline._Step.forward = counted  # type: ignore[method-assign]
+    pipeline.Step.forward = counted  # type: ignore[method-assign]
     try:
         yield activations, passing
     finally:
-        pipeline._Step.forward = forward  # type: ignore[method-assign]
+        pipeline.Step.forward = forward  # type: ignore[method-assign]
 
 
-def _on_the_way(step: pipeline._Step) -> int:
+def _on_the_way(step: pipeline.Step) -> int:
     """Bytes that wait to be sent or have just come: a received input belongs to the forward that reads it once that has run."""
     waiting = [tensor for part, tensor in step.inputs.items() if part not in step.graphs]
     tensors = [*step.outgoing.values(), *step.gradients.values(), *waiting, *(tensor for _, tensor in step.leaving)]

@@ -54,12 +54,12 @@ def labels_of_another_micro_batch() -> Iterator[None]:
 @contextmanager
 def doubled_gradients_between_stages() -> Iterator[None]:
     """Of the hidden states, as they arrive."""
-    arrive = pipeline._Step._arrive
+    arrive = pipeline.Step._arrive
 
-    def doubled(self: pipeline._Step, receive: Action) -> None:
+    def doubled(self: pipeline.Step, receive: Action) -> None:
         arrive(self, receive)
         if receive.kind is Kind.RECV_BACKWARD:
             self.gradients[receive.micro_batch, receive.chunk].mul_(2)
 
-    with patch.object(pipeline._Step, "_arrive", doubled):
+    with patch.object(pipeline.Step, "_arrive", doubled):
         yield
