@@ -16,10 +16,11 @@ from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_li
 from meshwright.cost.ops import PART, Attention, Collective, Elementwise, Gemm, Op, Piece, Under
 from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.program import Pieces, Place, Program, boundary, chunk_pieces, rank_program
-from meshwright.cost.timeline import ChunkSeconds, Timeline, play, play_end
+from meshwright.cost.steady import play_layout, step_end
+from meshwright.cost.timeline import ChunkSeconds, Timeline
 from meshwright.cost.traffic import step_collectives
 from meshwright.cost.units import unit_buffer_bytes
-from meshwright.schedule.orders import layout_order, wound_order
+from meshwright.schedule.orders import brief_order
 from meshwright.schedule.stages import alike_stages
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.collectives import load_collective_constants
@@ -191,21 +192,21 @@ class Estimator:
         """Price `layout` by playing its schedule. Raises UserError for a layout that cannot be run."""
         self.check(layout)
         m = micro_batches(layout, self.workload)
-        schedule, wound = layout_order(layout, m), wound_order(layout.schedule, layout.pp, m, layout.chunks)
+        schedule = brief_order(layout, m)
         kinds = [(members[0], len(members)) for members in alike_stages(self.model, layout)]
         programs = self.programs(layout)
         memory = tuple(stage_memory(p, layout, schedule, stage, self.overhead) for stage, p in enumerate(programs))
         send = self.send_seconds(layout)
         alone = [self._passing(self.durations(p.pieces, layout, shared=False), self._passes(p, layout)) for p in programs]
         floor = self._shared_floor(layout, [(programs[stage].pieces, count) for stage, count in kinds])
-        timeline = play(schedule, [self._chunk_seconds(p, layout) for p in programs], send, wound)
+        timeline = play_layout(layout, m, [self._chunk_seconds(p, layout) for p in programs], send)
         end = max(self._step_end(p, layout, d) for p, d in zip(programs, alone, strict=True))
         # On the timeline no send waits for another, but a stage has one link, which they all share.
-        sending = max(len(p.boundary) for p in programs) * schedule.micro_batches * send
+        sending = max(len(p.boundary) for p in programs) * m * send
         step = max(timeline.end, floor, sending) + end
         # Between fill and drain a send runs beside computation; filling and draining wait for one hop a stage each.
         costs = self._collective_costs(programs, layout, alone, exposed_sends=2 * (layout.pp - 1) * send)
-        compute = max(d.compute for d in alone) * schedule.micro_batches
+        compute = max(d.compute for d in alone) * m
         kernels = self.kernels(layout, shared=True)
         optimizer = max(kernels.elementwise(p.optimizer) for p in programs)
         work, offload = {"compute": compute, "optimizer": optimizer}, self._offload_cost(programs, layout)
@@ -223,8 +224,7 @@ class Estimator:
     def played(self, layout: Layout) -> Price:
         """Step time and peak as in `estimate`, without its tables: for pricing many layouts."""
         m = micro_batches(layout, self.workload)
-        schedule = layout_order(layout, m)
-        turns = wound_order(layout.schedule, layout.pp, m, layout.chunks)
+        schedule = brief_order(layout, m)
         seconds: list[list[ChunkSeconds]] = [[] for _ in range(layout.pp)]
         send, most = self.send_seconds(layout), 0
         end = peak = floor = 0.0
@@ -248,7 +248,8 @@ class Estimator:
             if self.cluster.node.compute_slots is not None:
                 busy = self.durations(pieces, layout, shared=True)
                 floor += (busy.forward + busy.backward) * len(members) * m / layout.pp
-        step = max(play_end(turns, seconds, send), floor if layout.world > 1 else 0.0, most * m * send) + end
+        pipelined = step_end(layout.schedule, layout.pp, m, layout.chunks, seconds, send)
+        step = max(pipelined, floor if layout.world > 1 else 0.0, most * m * send) + end
         return Price(step, int(peak), peak <= self.cluster.accelerator.memory_bytes)
 
     def _state(self, layout: Layout, stage: int) -> _State:

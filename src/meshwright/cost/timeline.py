@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from meshwright.schedule.actions import Action, Kind, Schedule
@@ -45,27 +45,31 @@ class Span:
 class Timeline:
     """`seconds[stage][chunk]` of one micro-batch. Its spans are made when they are asked for."""
 
-    schedule: Schedule
+    micro_batches: int
     seconds: Sequence[Sequence[ChunkSeconds]]
     send: float
-    wound: Sequence[Waits]
     end: float
+    whole: Callable[[], tuple[Schedule, Sequence[Waits]]] = field(repr=False, compare=False)
+    """The schedule, and what `wind_clock` makes of it."""
 
     @property
     def stages(self) -> int:
-        return self.schedule.stages
+        return len(self.seconds)
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.whole()[0]
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
+        schedule, wound = self.whole()
         each = _by_kind(self.seconds)
-        turns = run_clock(
-            self.schedule, lambda stage, action: each[stage][action.chunk][action.kind], self.send, self.wound
-        )
+        turns = run_clock(schedule, lambda stage, action: each[stage][action.chunk][action.kind], self.send, wound)
         return tuple(Span(t.stage, t.action.kind, t.action.micro_batch, t.action.chunk, t.start, t.end) for t in turns)
 
     def busy(self, stage: int) -> float:
         """Seconds in which the stage computes."""
-        return self.schedule.micro_batches * sum(chunk.forward + chunk.backward for chunk in self.seconds[stage])
+        return self.micro_batches * sum(chunk.forward + chunk.backward for chunk in self.seconds[stage])
 
     def idle(self, stage: int) -> float:
         """Seconds in which the stage waits between its first computation and its last.
@@ -81,24 +85,19 @@ class Timeline:
         return 1 - sum(self.busy(stage) for stage in range(self.stages)) / (self.stages * self.end)
 
 
-def play(
-    schedule: Schedule,
-    seconds: Sequence[Sequence[ChunkSeconds]],
-    send: float,
-    wound: Sequence[Waits] | None = None,
-) -> Timeline:
-    """`seconds[stage][chunk]` of one micro-batch; `send` seconds from a stage to another; `wound`: what `wind_clock` makes of the
-    schedule, if it is at hand.
+def play(schedule: Schedule, seconds: Sequence[Sequence[ChunkSeconds]], send: float) -> Timeline:
+    """`seconds[stage][chunk]` of one micro-batch; `send` seconds from a stage to another.
 
     Sends do not hold up the sender; a computation waits for the arrival of its input. What a stage hands over to itself is there
     at once.
     """
-    wound = wound or wind_clock(schedule)
-    return Timeline(schedule, seconds, send, wound, play_end(wound, seconds, send))
+    wound = wind_clock(schedule)
+    end = max(play_ends(wound, seconds, send))
+    return Timeline(schedule.micro_batches, seconds, send, end, lambda: (schedule, wound))
 
 
-def play_end(turns: Sequence[Waits], seconds: Sequence[Sequence[ChunkSeconds]], send: float) -> float:
-    """When the last computation of a wound schedule ends."""
+def play_ends(turns: Sequence[Waits], seconds: Sequence[Sequence[ChunkSeconds]], send: float) -> list[float]:
+    """When each computation of a wound schedule ends."""
     each = _by_kind(seconds)
     clock, ends = [0.0] * len(seconds), list[float]()
     for stage, action, source, travels in turns:
@@ -107,7 +106,7 @@ def play_end(turns: Sequence[Waits], seconds: Sequence[Sequence[ChunkSeconds]], 
             start = max(start, ends[source] + send if travels else ends[source])
         clock[stage] = end = start + each[stage][action.chunk][action.kind]
         ends.append(end)
-    return max(clock)
+    return ends
 
 
 def _by_kind(seconds: Sequence[Sequence[ChunkSeconds]]) -> list[list[dict[Kind, float]]]:

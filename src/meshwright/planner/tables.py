@@ -82,13 +82,14 @@ def make_tables(space: Space, estimator: Estimator) -> Tables:
     model, seq = space.model, space.workload.seq
     layers = [(model.window(i), model.is_moe(i)) for i in range(model.layers)]
     kinds = tuple(dict.fromkeys(layers))
+    windows, window_of = _numbered([window for window, _ in kinds])
     figures: list[list[Figures]] = []
     boundary, working = np.empty(len(space.locals)), np.empty(len(space.locals))
     ends: dict[tuple[int, bool, int, int], list[Figures]] = {}
     plain: dict[Local, list[Figures]] = {}
     for at, one in enumerate(space.locals):
         layout, bare = one.layout(space.gpus, space.precision), replace(one, recompute="none")
-        pieces = [layer_piece(model, layout, seq, window) for window, _ in kinds]
+        pieces = [layer_piece(model, layout, seq, window) for window in windows]
         if one == bare:
             plain[one] = [_figures(estimator, piece, layout) for piece in pieces]
             rows = plain[one]
@@ -98,7 +99,7 @@ def make_tables(space: Space, estimator: Estimator) -> Tables:
         if key not in ends:
             both = embedding_piece(model, layout, seq), head_piece(model, layout, seq, 0)
             ends[key] = [_figures(estimator, piece, layout) for piece in both]
-        figures.append([*rows, *ends[key]])
+        figures.append([*(rows[at] for at in window_of), *ends[key]])
         boundary[at], working[at] = Shapes(model, layout, seq).residual_bytes, plain[bare][0].working
     every = np.array(figures).transpose(2, 1, 0)[:, :, space.local]
     whole = dict(zip(Figures._fields, every, strict=True))

@@ -49,6 +49,11 @@ def layout_order(layout: Layout, micro_batches: int) -> Schedule:
     return make_order(layout.schedule, layout.pp, micro_batches, layout.chunks)
 
 
+def brief_order(layout: Layout, micro_batches: int) -> Schedule:
+    """`layout_order` of so few micro-batches that it holds as much at its fullest as with all of them (see `shorter`)."""
+    return layout_order(layout, shorter(layout.schedule, layout.pp, micro_batches))
+
+
 def check_micro_batches(name: str, stages: int, micro_batches: int) -> None:
     """Raise UserError for micro-batches that the named schedule cannot run on so many stages."""
     if micro_batches < 1:
@@ -84,6 +89,19 @@ def peak_in_flight(name: str, stage: int, stages: int, micro_batches: int, chunk
 def wound_order(name: str, stages: int, micro_batches: int, chunks: int = 1) -> tuple[Waits, ...]:
     """`make_order` with what each computation waits for: to price it again and again."""
     return tuple(wind_clock(make_order(name, stages, micro_batches, chunks)))
+
+
+def round_size(name: str, stages: int) -> int:
+    """After how many micro-batches the named schedule repeats itself between warm-up and drain."""
+    return stages if name == "interleaved" else 1
+
+
+def shorter(name: str, stages: int, micro_batches: int) -> int:
+    """So few micro-batches that the schedule still has every phase that it has with `micro_batches`, and some rounds of its middle."""
+    if name == "gpipe":  # no middle
+        return micro_batches
+    enough = 6 * stages + 3 * round_size(name, stages)
+    return min(micro_batches, enough + (micro_batches - enough) % stages)  # what is left is most often whole cycles
 
 
 def peak_held(name: str, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> int:

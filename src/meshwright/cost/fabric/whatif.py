@@ -13,7 +13,7 @@ from meshwright.cost.fabric.routes import Loads, Router
 from meshwright.cost.fabric.spread import EVEN, Spreading
 from meshwright.cost.fabric.topology import Links, Placement, place
 from meshwright.cost.fabric.traffic import Kind, Sends, Traffic, step_sends, step_traffic
-from meshwright.cost.timeline import play_end
+from meshwright.cost.steady import play_layout
 from meshwright.spec.errors import UserError, choices
 from meshwright.spec.layout import DENSE_AXES, Layout
 
@@ -151,7 +151,7 @@ def slow_gpu(wired: Wired, share: float) -> WhatIf:
     assert there.timeline is not None
     usual, slow = here.timeline.seconds, there.timeline.seconds
     ends = [
-        play_end(here.timeline.wound, [*usual[:at], slow[at], *usual[at + 1 :]], here.timeline.send)
+        play_layout(layout, here.timeline.micro_batches, [*usual[:at], slow[at], *usual[at + 1 :]], here.timeline.send).end
         for at in range(layout.pp)
     ]
     worst = max(range(layout.pp), key=ends.__getitem__)
