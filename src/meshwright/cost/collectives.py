@@ -28,7 +28,7 @@ class Curve:
     floor: float = 0.0
 
     def seconds(self, nbytes: int) -> float:
-        return max(self.floor, min(latency + slope * nbytes for latency, slope in self.lines))
+        return max(self.floor, min([latency + slope * nbytes for latency, slope in self.lines]))
 
 
 @dataclass(frozen=True)
