@@ -1,7 +1,7 @@
 """Linears whose products are made of 8-bit factors: half the bytes and, on GPUs that can, twice the rate of bf16.
 
 Micikevicius et al. 2022, arXiv 2209.05433: four bits of exponent and three of mantissa (e4m3) for weights and activations, five
-and two (e5m2) for gradients, whose range is wider. A factor is scaled so that its largest element is the largest that its format
+and two (e5m2) for gradients, whose range is wider. A factor is scaled so that its largest element is among the largest that its format
 has, at every use ("per-tensor dynamic scaling"; section 3.2 there). Sums are made in fp32 and rounded to bf16.
 
 Everything else is as in bf16: parameters, activations, collectives, master weights. So are the products that this module does not
@@ -80,10 +80,12 @@ def _scaled_product(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, formats: tuple[t
 
 
 def _quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x / scale in 8 bits, and the fp32 scale."""
-    largest = torch.finfo(dtype).max
-    scale = (x.detach().abs().amax().float() / largest).clamp(min=torch.finfo(torch.float32).tiny)
-    return (x.detach().float() / scale).clamp(-largest, largest).to(dtype), scale
+    """x / scale in 8 bits, and the fp32 scale: the least power of two with which no element is too large. Dividing by it is exact in
+    bf16, so that one kernel reads x and writes the 8 bits, rounded once."""
+    least, most = torch.aminmax(x.detach())
+    fill = torch.maximum(most, -least).float() / torch.finfo(dtype).max
+    scale = torch.exp2(torch.log2(fill.clamp(min=torch.finfo(torch.float32).tiny)).ceil())
+    return torch.mul(x.detach(), 1 / scale, out=torch.empty_like(x, dtype=dtype)), scale
 
 
 def _formats(device: torch.device) -> tuple[torch.dtype, torch.dtype]:
