@@ -704,7 +704,7 @@ def test_stages_with_other_windows_are_priced_apart() -> None:
 
 def test_what_cannot_be_priced_is_refused() -> None:
     for layout, said in (
-        ("fp8", "precision fp8 can be run, not yet priced"),
+        ("fp4", "h100-sxm has no fp4 rate"),
         ("tp5", "tp 5 does not divide"),
         ("pp33", "32 layers"),
         ("dp3", "does not divide 16"),

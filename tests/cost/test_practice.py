@@ -17,6 +17,7 @@ from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.program import Place, rank_program
 from meshwright.cost.tiles import product_seconds
 from meshwright.spec.catalogue import load_cluster
+from meshwright.spec.errors import UserError
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.kernels import load_kernel_constants
 from meshwright.spec.layout import Layout
@@ -171,6 +172,38 @@ def test_narrow_products_cost_the_cast_of_their_activations() -> None:
     assert narrow.gemm(forward) < wide.gemm(forward)
     assert narrow.gemm(forward) - narrow.gemm(weights) == pytest.approx(4 * 8192**2 / narrow.memory_bandwidth)
     assert narrow.gemm(replace(forward, name="head.weight")) == wide.gemm(replace(forward, name="head.weight"))
+
+
+def test_the_engine_multiplies_linears_in_8_bits_and_nothing_else() -> None:
+    """`parallel/fp8.py`: factors are cast at every use, the weight of an input gradient is turned, weight gradients stay in bf16."""
+    wide, narrow = Kernels(H100, "bf16", 1), Kernels(H100, "fp8", 1)
+    forward, backward = Gemm("mlp.up", 8192, 8192, 8192), Gemm("mlp.up dx", 8192, 8192, 8192)
+    assert narrow.gemm(forward) < wide.gemm(forward)
+    assert narrow.gemm(backward) - narrow.gemm(forward) == pytest.approx(2 * 8192**2 / narrow.memory_bandwidth)
+    for name, n, groups in (
+        ("mlp.up dw", 8192, 1),
+        ("head.weight", 8192, 1),
+        ("moe.router", 64, 1),
+        ("moe.experts.up", 8192, 8),
+        ("mlp.up", 8200, 1),
+    ):
+        op = Gemm(name, 8192, n, 8192, groups)
+        assert narrow.gemm(op) == wide.gemm(op), name
+    assert narrow.peak_flops == wide.peak_flops
+
+
+def test_narrow_products_of_little_work_are_no_gain() -> None:
+    wide, narrow = Kernels(H100, "bf16", 1), Kernels(H100, "fp8", 1)
+    small = Gemm("mlp.up", 512, 1024, 1024)
+    assert narrow.gemm(small) > wide.gemm(small)
+    assert narrow.host_seconds((small,), False) > wide.host_seconds((small,), False)
+
+
+def test_4_bits_are_quicker_than_8_where_there_are_units_for_them() -> None:
+    op, b200 = Gemm("mlp.up", 8192, 8192, 8192), load_cluster("b200-superpod")
+    assert Kernels(b200, "fp4", 1).gemm(op) < Kernels(b200, "fp8", 1).gemm(op) < Kernels(b200, "bf16", 1).gemm(op)
+    with pytest.raises(UserError, match="h100-sxm has no fp4 rate"):
+        _ = Kernels(H100, "fp4", 1).peak_flops
 
 
 def test_flash_attention_written_for_an_older_accelerator_is_slower_on_a_newer_one() -> None:

@@ -324,7 +324,7 @@ def test_when_no_count_would_help_the_reason_is_the_models_own() -> None:
         ({"cluster": "h100"}, "unknown cluster 'h100'"),
         ({"cluster": "local", "gpus": 8}, "local is one node of 4 ranks"),
         ({"precision": "fp64", "model": "gpt2"}, "h100-sxm has no fp64 rate"),
-        ({"precision": "fp8"}, "precision fp8"),
+        ({"precision": "fp4"}, "h100-sxm has no fp4 rate; it has fp32, tf32, bf16, fp16, fp8, int8"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(changes: dict[str, object], said: str) -> None:

@@ -26,7 +26,7 @@ from meshwright.spec.cluster import Cluster
 from meshwright.spec.collectives import load_collective_constants
 from meshwright.spec.kernels import KernelConstants, load_kernel_constants
 from meshwright.spec.layout import Layout
-from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt, refuse_unpriced
+from meshwright.spec.legality import check_layout, check_room, micro_batches, refuse_unbuilt
 from meshwright.spec.model import Model
 from meshwright.spec.residuals import ErrorBar, load_residuals, step_class
 from meshwright.spec.workload import Workload
@@ -303,7 +303,6 @@ class Estimator:
     def check(self, layout: Layout) -> None:
         """Raise UserError when the layout cannot run this model and workload, or is not built yet."""
         refuse_unbuilt(layout)
-        refuse_unpriced(layout.precision)
         check_layout(layout, self.model, self.workload)
         check_room(layout, self.cluster)
         _ = self.kernels(layout, shared=False).peak_flops

@@ -15,7 +15,14 @@ from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.kernels import KernelConstants, load_kernel_constants
 from meshwright.spec.layout import Precision
-from meshwright.spec.precision import STATE_BYTES
+from meshwright.spec.precision import NARROW, NARROW_MULTIPLE, STATE_BYTES, kept_in
+
+NARROWED_BYTES = 5
+"""Moved to make an element of a narrow factor of a bf16 one: it is read for the largest, read again, and written (`parallel/fp8.py`)."""
+NARROWING_STEPS = 8
+"""Kernels to do so, of which all but two work on one number."""
+KERNELS = 3
+"""Of an operator, about: what `KernelConstants.dispatch` is of."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Kernels:
         products = self._products(op)
         size = STATE_BYTES[self.precision].parameter
         moved = size * (op.m * op.k + op.groups * op.k * op.n + op.m * op.n) / self.memory_bandwidth
-        if self._measured_matmul:
+        if self._measured_matmul and products == self._kept:
             return max(op.flops / self._matmul_rate(op.flops), moved)
         rate = self._matmul_rate(op.flops, products)
         processors = self.cluster.accelerator.processors
@@ -66,13 +73,32 @@ class Kernels:
         """The product of one expert."""
         return replace(op, m=-(-op.m // op.groups), groups=1)
 
+    @property
+    def _kept(self) -> Precision:
+        """What everything but narrow products is computed in."""
+        return kept_in(self.precision)
+
     def _products(self, op: Gemm) -> str:
         """The precision of a product: the head's stays that of the layout."""
-        return self.practice.products or self.precision if not op.name.startswith("head") else self.precision
+        if self.practice.products:
+            return self.practice.products if not op.name.startswith("head") else self._kept
+        return self.precision if self._is_narrowed(op) else self._kept
+
+    def _is_narrowed(self, op: Gemm) -> bool:
+        """Whether the engine makes narrow factors for it (`parallel/fp8.py`): for outputs and input gradients of the layers' linears."""
+        is_linear = not (op.groups > 1 or op.name.startswith(("head", "moe.router")) or op.is_weight_gradient)
+        return self.precision in NARROW and is_linear and not (op.n % NARROW_MULTIPLE or op.k % NARROW_MULTIPLE)
 
     def _cast(self, op: Gemm, products: str) -> float:
-        """A narrower product has its activations cast first, in both orders; the weight gradient finds them cast."""
-        if products == self.precision or op.is_weight_gradient:
+        """Other software casts the activations of a narrower product first, in both orders, and its weight gradient finds them cast. The
+        engine casts both factors at every use; those of an input gradient need the weight the other way round, in 8 bits."""
+        if products == self._kept:
+            return 0.0
+        if self.practice.products is None:
+            turned = 2 * op.k * op.n if op.name.endswith(" dx") else 0
+            moved = NARROWED_BYTES * (op.m * op.k + op.k * op.n) + turned
+            return moved / self.memory_bandwidth + 2 * NARROWING_STEPS * self._gap
+        if op.is_weight_gradient:
             return 0.0
         size = STATE_BYTES[self.precision].parameter
         return (size + 2) * op.m * op.k / self.memory_bandwidth
@@ -130,6 +156,8 @@ class Kernels:
             return 1 + sum(self._launches(work) for work in op.work)
         if isinstance(op, Gemm) and self._is_looped(op):
             return op.groups
+        if isinstance(op, Gemm) and self.practice.products is None and self._is_narrowed(op):
+            return 1 + 2 * NARROWING_STEPS / KERNELS
         if isinstance(op, Elementwise) and op.name == "norm" and not self.practice.fused_norms:
             return self.constants.norm_passes
         if isinstance(op, Attention) and self.practice.attention in ("fused-softmax", "unfused"):
@@ -151,11 +179,12 @@ class Kernels:
 
     @property
     def peak_flops(self) -> float:
-        """Dense peak of one accelerator in this precision. Raises UserError when the catalogue has none."""
+        """Dense peak of one accelerator in this precision, in bf16 where only linears are narrower. Raises UserError when the catalogue
+        has none."""
         peaks = self._peaks
         if self.precision not in peaks:
             raise UserError(f"{self.cluster.accelerator.name} has no {self.precision} rate; it has {', '.join(peaks)}")
-        return peaks[self.precision]
+        return peaks[self._kept]
 
     @cached_property
     def memory_bandwidth(self) -> float:
@@ -171,7 +200,7 @@ class Kernels:
     def evidence(self) -> str:
         if self._measured_matmul:
             return f"measured: {self.cluster.measured.source}"  # type: ignore[union-attr]
-        share = self.cluster.accelerator.matmul_share.get(self.precision)
+        share = self.cluster.accelerator.matmul_share.get(self._kept)
         if share:
             return f"published: largest matmul {share:.0%} of peak, kernels fitted on published runs ({self.cluster.accelerator.source})"
         return f"formula: matmul at {self.constants.matmul_share:.0%} of peak, the usual share"
@@ -183,13 +212,13 @@ class Kernels:
         return max(1.0, node.accelerators / node.compute_slots) if node.compute_slots else 1.0
 
     def _matmul_rate(self, flops: float, precision: str | None = None) -> float:
-        if self._measured_matmul:
+        if self._measured_matmul and precision in (None, self._kept):
             return self._shared(self._measured_matmul, flops)
         constants, accelerator = self.constants, self.cluster.accelerator
         if precision is None or precision not in accelerator.peak_flops:
-            precision = self.precision
+            precision = self._kept
         share = accelerator.matmul_share.get(precision, constants.matmul_share) * constants.sustained_share
-        peak = accelerator.peak_flops[precision] if precision != self.precision else self.peak_flops
+        peak = accelerator.peak_flops[precision] if precision != self._kept else self.peak_flops
         return peak * share / (self._share if self.active > 1 else 1.0)
 
     def _shared(self, by_active: dict[int, list[tuple[float, float]]], flops: float) -> float:
@@ -205,7 +234,7 @@ class Kernels:
         """Active ranks to sorted (FLOPs, rate)."""
         out: dict[int, list[tuple[float, float]]] = {}
         for p in self.cluster.measured.matmul if self.cluster.measured else ():
-            if p.precision == self.precision:
+            if p.precision == self._kept:
                 out.setdefault(p.active, []).append((2.0 * p.m * p.n * p.k, p.flops_per_s))
         return {active: sorted(points) for active, points in out.items()}
 
@@ -214,7 +243,7 @@ class Kernels:
         """Backward or not, to active ranks, to sorted (forward FLOPs, rate)."""
         out: dict[bool, dict[int, list[tuple[float, float]]]] = {False: {}, True: {}}
         for p in self.cluster.measured.attention if self.cluster.measured else ():
-            if p.precision == self.precision:
+            if p.precision == self._kept:
                 out[False].setdefault(p.active, []).append((p.flops, p.forward_flops_per_s))
                 out[True].setdefault(p.active, []).append((p.flops, p.backward_flops_per_s))
         return {backward: {active: sorted(points) for active, points in by.items()} for backward, by in out.items()}

@@ -34,7 +34,7 @@ from meshwright.schedule.buckets import plan_buckets
 from meshwright.schedule.orders import layout_schedule
 from meshwright.schedule.stages import rank_shards, stage_chunks
 from meshwright.spec.layout import Precision
-from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt
+from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt, refuse_unrun
 from meshwright.spec.model import Model
 from meshwright.spec.shards import TIED_NAME, Shard
 from meshwright.spec.workload import Workload
@@ -131,6 +131,7 @@ def apply(
     layout, gradients = mesh.layout, WeightGradients()
     check_layout(layout, model, workload)
     refuse_unbuilt(layout)
+    refuse_unrun(layout)
     if layout.precision == "fp8":
         refuse_fp8(mesh.device)
     with torch.device("meta"):

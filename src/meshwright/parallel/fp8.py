@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.spec.errors import UserError
+from meshwright.spec.precision import NARROW_MULTIPLE
 
-MULTIPLE = 16
-"""Both sizes of a weight must divide by it (torch._scaled_mm)."""
 LEAST_CAPABILITY = (8, 9)
 """CUDA compute capability of the first GPUs with 8-bit floating-point matrix units (Ada; Hopper is 9.0)."""
 ROCM_PREFIXES = ("gfx94", "gfx95")
@@ -51,7 +50,7 @@ def _refusal(given: str) -> UserError:
 def is_eligible(name: str, shape: tuple[int, ...]) -> bool:
     """Whether the weight of this global name, of which a rank holds `shape`, is multiplied in 8 bits."""
     is_linear = name.startswith("layers.") and name.endswith(".weight") and len(shape) == 2 and ".router." not in name
-    return is_linear and not any(size % MULTIPLE for size in shape)
+    return is_linear and not any(size % NARROW_MULTIPLE for size in shape)
 
 
 def fp8_product(x_TI: Tensor, weight_OI: Tensor, out_TO: Tensor | None = None) -> Tensor:
@@ -82,8 +81,7 @@ def _scaled_product(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, formats: tuple[t
 def _quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x / scale in 8 bits, and the fp32 scale: the least power of two with which no element is too large. Dividing by it is exact in
     bf16, so that one kernel reads x and writes the 8 bits, rounded once."""
-    least, most = torch.aminmax(x.detach())
-    fill = torch.maximum(most, -least).float() / torch.finfo(dtype).max
+    fill = torch.linalg.vector_norm(x.detach(), torch.inf, dtype=torch.float32) * (1 / torch.finfo(dtype).max)
     scale = torch.exp2(torch.log2(fill.clamp(min=torch.finfo(torch.float32).tiny)).ceil())
     return torch.mul(x.detach(), 1 / scale, out=torch.empty_like(x, dtype=dtype)), scale
 

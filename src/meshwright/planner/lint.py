@@ -10,7 +10,6 @@ from meshwright.planner.rules import pipeline, placement, shapes, state, work
 from meshwright.planner.rules.case import Case, Finding, Habits, Rule
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.layout import Layout
-from meshwright.spec.legality import refuse_unpriced
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
@@ -52,7 +51,6 @@ def lint(
 ) -> Linted:
     """Run every rule on `layout`. `ranks`: that it should fill; None: as many as it does. What cannot be split this way is a
     finding too; UserError is raised only for what no layout could mend."""
-    refuse_unpriced(layout.precision)
     case = Case(model, cluster, workload, layout, habits)
     refused = shapes.refusals(case, ranks or layout.world)
     if refused:

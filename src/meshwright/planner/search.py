@@ -26,7 +26,7 @@ from meshwright.planner.tables import make_tables
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout, Precision
-from meshwright.spec.legality import check_layout, check_room, refuse_unpriced
+from meshwright.spec.legality import check_layout, check_room
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
@@ -113,7 +113,6 @@ def _plan(
     progress: Callable[[int], None] | None,
 ) -> Plan:
     began = time.perf_counter()
-    refuse_unpriced(precision)
     check_layout(Layout(), model, workload)  # what one rank cannot run, no split can
     check_room(Layout(dp=gpus), cluster)
     space = legal_space(model, workload, gpus, precision, cluster.fabric.domain)

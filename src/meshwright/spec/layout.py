@@ -11,7 +11,7 @@ from meshwright.spec.errors import UserError, choices
 Axis = Literal["dp", "tp", "pp", "cp", "ep"]
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
 Recompute = Literal["none", "selective", "full"]
-Precision = Literal["fp64", "fp32", "bf16", "fp16", "fp8"]
+Precision = Literal["fp64", "fp32", "bf16", "fp16", "fp8", "fp4"]
 
 RecomputePart = Literal["core", "norms", "activation", "mlp"]
 Offload = Literal["none", "optimizer", "all"]

@@ -7,9 +7,9 @@ from math import gcd
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.context import check_context
 from meshwright.spec.errors import UserError
-from meshwright.spec.layout import Layout, Precision
+from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
-from meshwright.spec.precision import STATE_BYTES, UNPRICED
+from meshwright.spec.precision import STATE_BYTES, UNRUN
 from meshwright.spec.workload import Workload
 
 BUILT_RECOMPUTES = ("none", "selective", "full")
@@ -93,13 +93,11 @@ def refuse_unbuilt(layout: Layout) -> None:
             raise UserError(f"{what} {given} is not built yet; this version has {', '.join(map(str, built))}")
 
 
-def refuse_unpriced(precision: Precision) -> None:
-    """Raise UserError for a precision that the engine computes in and the cost model does not know."""
-    if precision in UNPRICED:
-        legal = ", ".join(name for name in STATE_BYTES if name not in UNPRICED)
-        raise UserError(
-            f"precision {precision} can be run, not yet priced or planned: legal: {legal}; bf16 keeps as much memory"
-        )
+def refuse_unrun(layout: Layout) -> None:
+    """Raise UserError for what can be priced and planned, and not run."""
+    if layout.precision in UNRUN:
+        legal = ", ".join(name for name in STATE_BYTES if name not in UNRUN)
+        raise UserError(f"precision {layout.precision} can be priced and planned, not yet run: legal: {legal}")
 
 
 def refuse_unrunnable_model(model: Model) -> None:

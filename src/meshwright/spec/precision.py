@@ -7,8 +7,14 @@ from functools import lru_cache
 
 from meshwright.spec.layout import Layout, Precision
 
-WIDTH: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
-"""Bytes of an element, by precision that this version builds. fp8 keeps bf16: its linears make 8-bit factors as they need them."""
+WIDTH: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
+"""Bytes of an element that is kept. fp8 and fp4 keep bf16: their linears make narrower factors as they need them."""
+NARROW: tuple[Precision, ...] = ("fp8", "fp4")
+"""bf16 but for the products of linears."""
+NARROW_MULTIPLE = 16
+"""By which both sizes of a linear must divide to be multiplied so (torch._scaled_mm)."""
+UNRUN: tuple[Precision, ...] = ("fp4",)
+"""Priced and planned, not built: see `legality.refuse_unrun`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,5 +90,7 @@ def _state_bytes(compute: Precision, parameter: Precision | None, gradient: Prec
 STATE_BYTES: dict[Precision, StateBytes] = {precision: StateBytes.of(Layout(precision=precision)) for precision in WIDTH}
 """With nothing but the compute precision said."""
 
-UNPRICED: tuple[Precision, ...] = ("fp8",)
-"""Run, but without a price: which of the products are made in 8 bits is not in the program."""
+
+def kept_in(precision: Precision) -> Precision:
+    """The precision of everything but the products of linears."""
+    return "bf16" if precision in NARROW else precision

@@ -31,6 +31,7 @@ from meshwright.spec.grid import Grid
 from meshwright.spec.layout import Layout
 from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt
 from meshwright.spec.model import Model
+from meshwright.spec.precision import NARROW
 from meshwright.spec.workload import Workload
 from meshwright.trace.kernels import narrow_attention
 from meshwright.trace.paths import Paths
@@ -175,9 +176,9 @@ def _without_collector() -> Iterator[None]:
 def _refuse_untraced(layout: Layout) -> None:
     if layout.offload != "none":
         raise UserError(f"offload:{layout.offload} moves real bytes and cannot be traced: try the layout without it")
-    if layout.precision == "fp8":
+    if layout.precision in NARROW:
         raise UserError(
-            "fp8 products run on GPUs alone and cannot be traced: try bf16, which keeps the same tensors but for scales"
+            f"{layout.precision} products run on GPUs alone and cannot be traced: try bf16, which keeps the same tensors but for scales"
         )
 
 

@@ -17,7 +17,7 @@ from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.layout import Layout
-from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt, refuse_unrunnable_model
+from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt, refuse_unrun, refuse_unrunnable_model
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.sizes import parse_bytes
@@ -121,6 +121,7 @@ class Recipe(BaseModel):
         refuse_unrunnable_model(model)
         check_layout(layout, model, self.workload)
         refuse_unbuilt(layout)
+        refuse_unrun(layout)
         if self.offload_dir is not None and not (layout.offload != "none" and layout.offload_to == "file"):
             raise UserError(
                 f"offload_dir {self.offload_dir} would not be used: {layout} keeps nothing in files; try offload:optimizer@file"
