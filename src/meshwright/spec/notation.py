@@ -27,7 +27,7 @@ dpN[:zeroK[xG]]   data parallel; ZeRO stage K, sharded within groups of G
 tpN[:sp|:async]   tensor parallel; with sequence parallel; and its communication in pieces under the products
 ppN[xV][:NAME]    pipeline stages; V chunks a stage; schedule: {schedules}
 cpN[:ring|:ulysses|:ringAxulyssesB]   context parallel
-epN[:async], etpN expert parallel; with its all-to-all under the other pass of a pair; tensor parallel inside an expert
+epN[:async], etpN  expert parallel; with its all-to-all under the other pass of a pair; tensor parallel inside an expert
 mbN               sequences in a micro-batch
 ac:MODE[:N]       activation recompute: {recomputes}, or a list such as core+norms of {parts}; of N layers a chunk
 {precisions}      precision that is computed in
