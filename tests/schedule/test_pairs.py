@@ -44,10 +44,10 @@ def test_what_is_a_pair(first: str, second: str, can: bool) -> None:
 
 def test_two_stages_written_out() -> None:
     schedule = make_schedule("dualpipe-v", 2, 4, 2, paired=True)
-    words = [["+".join(map(str, unit)) for unit in computations(schedule, stage)] for stage in (0, 1)]
+    words = [" ".join("+".join(map(str, unit)) for unit in computations(schedule, stage)) for stage in (0, 1)]
     assert words == [
-        "F0 F1 F2 F0.1 I0.1 W0.1 F1.1 F3+B1.1 F2.1+B0 B2.1 F3.1+B1 B3.1 I2 W2 I3 W3".split(),
-        "F0 F0.1 F1 F1.1 F2+B0.1 F2.1+B0 F3+B1.1 F3.1+B1 B2.1 B2 I3.1 I3 W3.1 W3".split(),
+        "F0 F1 F2 F0.1 I0.1 W0.1 F1.1 F3+B1.1 F2.1+B0 B2.1 F3.1+B1 B3.1 I2 W2 I3 W3",
+        "F0 F0.1 F1 F1.1 F2+B0.1 F2.1+B0 F3+B1.1 F3.1+B1 B2.1 B2 I3.1 I3 W3.1 W3",
     ]
 
 

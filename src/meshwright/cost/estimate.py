@@ -333,9 +333,7 @@ class Estimator:
         with the casts that its computation waits for."""
         forward = self._exposed_pass(passes.forward, passes.forward_read, d.forward) + passes.casts
         backward = self._exposed_pass(passes.backward, passes.backward_read, d.backward) + passes.casts
-        return replace(
-            d, forward=d.forward + forward, backward=d.backward + backward, compute=d.compute + 2 * passes.casts
-        )
+        return replace(d, forward=d.forward + forward, backward=d.backward + backward, compute=d.compute + 2 * passes.casts)
 
     def _exposed_pass(self, sent: float, read: float, work: float) -> float:
         """Links to other ranks and to the host are busy at the same time, except where ranks share the cores that move the bytes."""
@@ -388,9 +386,7 @@ class Estimator:
         """In pairs the way to and from experts runs under the other pass, except where ranks share the cores that move the bytes."""
         if not (layout.async_ep and self.times.hides):
             return ChunkSeconds(d.forward, d.backward, d.weight)
-        return ChunkSeconds(
-            d.forward, d.backward, d.weight, d.forward_experts, d.backward_experts, self.constants.beside
-        )
+        return ChunkSeconds(d.forward, d.backward, d.weight, d.forward_experts, d.backward_experts, self.constants.beside)
 
     def send_seconds(self, layout: Layout) -> float:
         sends = boundary(self.model, layout, self.workload.seq, 0)

@@ -12,8 +12,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meshwright.models.attention import EVERYWHERE, Where
 from meshwright.parallel.collectives import Group
+from meshwright.parallel.lanes import Lanes, used_here
 from meshwright.parallel.linear import Later, WeightGradients
-from meshwright.parallel.pairs import Lanes, used_here
 from meshwright.schedule.actions import Action, Kind, Schedule
 from meshwright.schedule.check import batches
 from meshwright.schedule.pairs import paired
