@@ -51,8 +51,8 @@ def test_two_stages_written_out() -> None:
     ]
 
 
-@settings(deadline=None)
-@given(paired_shapes())
+@settings(deadline=None, max_examples=40)
+@given(paired_shapes(6, 10))
 def test_pairs_stand_side_by_side_can_run_and_hold_no_more(shape: PairedShape) -> None:
     """Nothing is sent or received between the two; both results leave after both."""
     name, stages, m, chunks, _ = shape
