@@ -1,6 +1,6 @@
 """Step time of expert parallel with its all-to-all under the other pass of a pair, beside the same layout without, on four gloo ranks.
 
-    python benchmarks/async_ep.py [--repetitions 15] [--delays 0,20] [--json PATH]
+    python benchmarks/async_ep.py [--repetitions 15] [--delays 0,50] [--json PATH]
 
 Both sides are Meshwright's and train the same decoder on the same tokens in the same processes, one thread each pass, under
 `dp2 pp2x2:dualpipe-v`, one with `ep2:async` and one with `ep2`; a step is forward, backward and gradient reduction, without optimizer.
@@ -42,7 +42,7 @@ from meshwright.spec.shards import Shard
 from meshwright.spec.workload import Workload
 from peers import WARM_UP, Side, assert_close, environment, timed
 
-RANKS, SEQ, MICRO_BATCHES = 4, 256, 8
+RANKS, SEQ, MICRO_BATCHES = 4, 128, 8
 LAYOUT = "dp2 pp2x2:dualpipe-v {} mb1 fp32"
 PLAIN, ASYNC = "ep2", "ep2:async"
 MODEL = Model(
@@ -170,7 +170,7 @@ def show(results: list[Result], about: dict[str, str | int]) -> None:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repetitions", type=int, default=15, help="pairs of timed steps, at least 2")
-    parser.add_argument("--delays", default="0,20", help="milliseconds that an all-to-all takes longer, comma-separated")
+    parser.add_argument("--delays", default="0,50", help="milliseconds that an all-to-all takes longer, comma-separated")
     parser.add_argument("--json", type=Path, help="write raw times here")
     options = parser.parse_args(arguments)
     if options.repetitions < 2:
@@ -180,7 +180,7 @@ def main(arguments: list[str]) -> None:
     except ValueError:
         delays = [-1.0]
     if min(delays) < 0:
-        parser.error(f"delays {options.delays}: give milliseconds, such as 0,20")
+        parser.error(f"delays {options.delays}: give milliseconds, such as 0,50")
     about = environment() | {"ranks": RANKS}
     pool = RankPool()
     try:
