@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import lane_workers as workers
@@ -33,6 +34,17 @@ def test_the_forward_is_run_by_the_caller_and_the_backward_always_by_the_same_ot
         )
     assert {thread for name, thread in ran if name == "F"} == {threading.get_ident()}
     assert len({thread for name, thread in ran if name == "B"} - {threading.get_ident()}) == 1
+
+
+def test_the_thread_ends_with_the_lanes() -> None:
+    lanes, ran = Lanes(2, CPU, paired=True), []
+    lanes.together(lambda: None, lambda held=lanes: ran.append(threading.current_thread()), (0, 1))
+    (thread,) = ran
+    assert thread.daemon
+    del lanes
+    gc.collect()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("wrong", ["forward", "backward"])

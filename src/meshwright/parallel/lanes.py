@@ -11,18 +11,24 @@ and ends before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
+from weakref import finalize
 
 import torch
 from torch import Tensor
+
+Jobs = SimpleQueue[tuple[Future[None], Callable[[], None]] | None]
 
 
 class Lanes:
     """Where chunks compute. `paired`: whether two of them ever do at the same time; if not, all is as without lanes."""
 
     def __init__(self, chunks: int, device: torch.device, paired: bool):
-        self._beside = ThreadPoolExecutor(1, "backward") if paired else None
+        self._beside = _Beside() if paired else None
         on_gpu = paired and device.type == "cuda"
         self._streams = [torch.cuda.Stream(device) for _ in range(chunks)] if on_gpu else []
 
@@ -50,7 +56,7 @@ class Lanes:
         lanes = [self._streams[chunk] for chunk in chunks]
         for lane in lanes:  # both before either runs, or one would begin after the other
             lane.wait_stream(caller)
-        beside = self._beside.submit(_on, lanes[1], backward)
+        beside = self._beside.submit(partial(_on, lanes[1], backward))
         _on(lanes[0], forward)
         beside.result()
         for lane in lanes:
@@ -62,6 +68,31 @@ def used_here(tensor: Tensor) -> Tensor:
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream())
     return tensor
+
+
+class _Beside:
+    """One thread, which ends with this object. A process that fails does not wait for it, as it would for an executor's: what it does
+    may wait for ranks that have failed too."""
+
+    def __init__(self) -> None:
+        self._jobs: Jobs = SimpleQueue()
+        Thread(target=_serve, args=(self._jobs,), name="backward", daemon=True).start()
+        finalize(self, self._jobs.put, None)
+
+    def submit(self, run: Callable[[], None]) -> Future[None]:
+        future: Future[None] = Future()
+        self._jobs.put((future, run))
+        return future
+
+
+def _serve(jobs: Jobs) -> None:
+    while (job := jobs.get()) is not None:
+        future, run = job
+        try:
+            future.set_result(run())
+        except BaseException as error:  # the caller's to raise
+            future.set_exception(error)
+        del job, future, run  # which hold on to the engine
 
 
 def _on(stream: torch.cuda.Stream, run: Callable[[], None]) -> None:
