@@ -31,6 +31,7 @@ bench: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/context.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/expert.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/async_tp.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/async_ep.py
 
 bench-memory: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory.py

@@ -61,6 +61,7 @@ DENSE = [
 ]
 CPU = ["dp4 mb2", "dp2:zero1 tp2:sp mb1", "pp4 mb1", "pp2x2:zb-v tp2 mb1"]
 EXPERTS = ["dp8:zero1 ep8 mb1", "dp16:zero1 tp2:sp pp2 ep4 mb1", "dp8 tp4:sp ep8 etp4 pp2 mb2"]
+EXPERTS += ["dp8:zero1 pp4x2:dualpipe-v ep8:async mb1", "dp4 tp4:sp pp2x2:dualpipe-v ep8:async etp2 mb2"]
 MACHINES = st.sampled_from(["a100-superpod", "h100-superpod", "gb200-nvl72", "aws-p5", "mi300x-roce"])
 CASES = st.one_of(
     st.tuples(st.sampled_from(["opt-6.7b", "llama-3-8b", "llama-3-70b"]), MACHINES, st.sampled_from(DENSE)),

@@ -82,6 +82,10 @@ CI_SPARSE = ("deepseek-v3-like", "gpt-oss-like")
 
 
 PARITY_LAYOUTS = (
+    "dp2:zero2 pp2x2:dualpipe-v ep2:async mb1 ac:core+norms+activation",
+    "dp2:zero1 tp2 pp2x2:dualpipe-v ep4:async mb1 ac:norms+mlp",
+    "tp2 pp2x2:dualpipe-v ep2:async mb2 ac:full:1",
+    "cp2:ring pp2x2:dualpipe-v ep2:async mb2",
     "tp2:async pp2:zb-h1 mb1 ac:core+norms+activation:1",
     "tp2 pp2x2:dualpipe-v mb1 ac:activation",
     "dp2:zero3 cp2:ulysses mb1 ac:norms+mlp",
@@ -121,6 +125,12 @@ SPARSE_LAYOUTS = (
     "dp2:zero3 tp2 ep2 pp2x2:zb-v mb1 ac:norms+activation",
     "dp2 tp2:async ep4 mb2 ac:core+norms+activation:1",
     "dp2 tp2:sp ep2 etp2 mb2 ac:norms+mlp",
+    "dp2:zero1 pp2x2:dualpipe-v ep2:async mb1 ac:full",
+    "dp2 tp2:async pp2x2:dualpipe-v ep2:async etp2 mb1",
+    "dp2:zero2 pp2x2:dualpipe-v ep2:async mb1 ac:core+norms+activation",
+    "dp2:zero1 tp2 pp2x2:dualpipe-v ep4:async mb1 ac:norms+mlp",
+    "tp2 pp2x2:dualpipe-v ep2:async mb2 ac:full:1",
+    "cp2:ring pp2x2:dualpipe-v ep2:async mb2",
 )
 """Experts over any of the other axes."""
 

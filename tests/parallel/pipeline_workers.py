@@ -64,14 +64,17 @@ def data_of(micro_batches: int) -> list[MicroBatch]:
     return out
 
 
-def run_schedules(shapes: list[tuple[str, int, int, int]], steps: int = 1) -> list[dict[str, Any]]:
+def run_schedules(shapes: list[tuple[Any, ...]], steps: int = 1) -> list[dict[str, Any]]:
     return [run_schedule(*shape, steps=steps) for shape in shapes]
 
 
-def run_schedule(name: str, stages: int, micro_batches: int, chunks: int, steps: int = 1) -> dict[str, Any]:
-    """Two figures and two lists: the largest error of a gradient, loss and expected loss, what ran, what the schedule says."""
+def run_schedule(
+    name: str, stages: int, micro_batches: int, chunks: int, paired: bool = False, *, steps: int = 1
+) -> dict[str, Any]:
+    """Two figures and two lists: the largest error of a gradient, loss and expected loss, what ran, what the schedule says. Two chunks
+    of a pair run at the same time, so then both lists are sorted by chunk."""
     rank = dist.get_rank()
-    schedule = make_schedule(name, stages, micro_batches, chunks)
+    schedule = make_schedule(name, stages, micro_batches, chunks, paired)
     places = stages * chunks
     weights, log = WeightGradients(), []
     group = Group("pp", tuple(range(stages)), rank, dist.group.WORLD, Ledger())
@@ -96,9 +99,13 @@ def run_schedule(name: str, stages: int, micro_batches: int, chunks: int, steps:
         "error": max(errors),
         "loss": loss.item(),
         "expected": expected.item() if places - 1 in schedule.placement[rank] else 0.0,
-        "ran": log,
-        "planned": planned(schedule.actions[rank]),
+        "ran": sorted(log, key=chunk_of) if paired else log,
+        "planned": sorted(planned(schedule.actions[rank]), key=chunk_of) if paired else planned(schedule.actions[rank]),
     }
+
+
+def chunk_of(noticed: str) -> str:
+    return noticed.rpartition(".")[2]
 
 
 def noted(out: Tensor, log: list[str], chunk: int) -> None:
@@ -126,7 +133,7 @@ def in_one_piece(places: int, data: list[MicroBatch], scale: Tensor) -> tuple[li
     return blocks, total
 
 
-def left_over(name: str, stages: int, micro_batches: int, chunks: int) -> dict[str, int]:
+def left_over(*shape: Any) -> dict[str, int]:
     """What a step still holds when it is over, and the most sent tensors that it kept."""
     held: dict[str, int] = {}
     drain = Step.drain
@@ -143,7 +150,7 @@ def left_over(name: str, stages: int, micro_batches: int, chunks: int) -> dict[s
 
     Step.drain = watch  # type: ignore[method-assign]
     try:
-        run_schedule(name, stages, micro_batches, chunks)
+        run_schedule(*shape)
     finally:
         Step.drain = drain  # type: ignore[method-assign]
     return held

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from pipeline_workers import left_over, run_schedules
@@ -13,8 +15,8 @@ from meshwright.parallel.pipeline import MOST_LEAVING, MicroBatch, Pipeline
 from meshwright.schedule.orders import make_schedule
 from meshwright.testing import run_distributed
 
-SHAPES = {
-    1: [("1f1b", 1, 3, 1), ("gpipe", 1, 3, 1), ("zb-h1", 1, 3, 1), ("interleaved", 1, 3, 2), ("zb-v", 1, 3, 2)],
+SHAPES: dict[int, list[tuple[Any, ...]]] = {
+    1: [("1f1b", 1, 3, 1), ("gpipe", 1, 3, 1), ("zb-h1", 1, 3, 1), ("interleaved", 1, 3, 2), ("dualpipe-v", 1, 3, 2, True)],
     2: [
         ("gpipe", 2, 3, 1),
         ("1f1b", 2, 1, 1),
@@ -24,6 +26,7 @@ SHAPES = {
         ("zb-v", 2, 1, 2),
         ("zb-v", 2, 5, 2),
         ("dualpipe-v", 2, 6, 2),
+        ("dualpipe-v", 2, 6, 2, True),
     ],
     4: [
         ("gpipe", 4, 5, 1),
@@ -32,6 +35,7 @@ SHAPES = {
         ("zb-h1", 4, 9, 1),
         ("zb-v", 4, 9, 2),
         ("dualpipe-v", 4, 9, 2),
+        ("dualpipe-v", 4, 9, 2, True),
     ],
 }
 
@@ -50,8 +54,8 @@ def test_a_second_step_starts_afresh() -> None:
         assert results[0]["error"] < 1e-12
 
 
-@pytest.mark.parametrize("shape", [("gpipe", 2, 24, 1), ("zb-v", 2, 24, 2), ("interleaved", 2, 24, 2)])
-def test_nothing_is_left_over_and_sent_tensors_do_not_pile_up(shape: tuple[str, int, int, int]) -> None:
+@pytest.mark.parametrize("shape", [("gpipe", 2, 24, 1), ("zb-v", 2, 24, 2), ("dualpipe-v", 2, 24, 2, True)])
+def test_nothing_is_left_over_and_sent_tensors_do_not_pile_up(shape: tuple[Any, ...]) -> None:
     for held in run_distributed(left_over, 2, *shape):
         assert held.pop("leaving") <= MOST_LEAVING + 2
         assert set(held.values()) == {0}, held

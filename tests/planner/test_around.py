@@ -17,7 +17,7 @@ from meshwright.planner.ways import SHOWN, Shortfall, ways_out
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.errors import UserError
 from meshwright.spec.huggingface import load_model
-from meshwright.spec.layout import Layout
+from meshwright.spec.layout import PAIRING, Layout
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.workload import Workload
 
@@ -66,6 +66,17 @@ def test_stages_of_equal_cost_are_found() -> None:
     assert sum(best.stage_layers) == 32
     assert price == estimator(LLAMA).played(best)
     assert price.step_time_s < estimator(LLAMA).played(given).step_time_s
+
+
+def test_the_way_to_experts_is_put_under_the_other_pass_of_a_pair() -> None:
+    problem = Problem(load_model("qwen3-30b-a3b"), H100, Workload(4096, 512), 128)
+    given = parse_layout("dp32:zero1 pp4:1f1b ep32 mb1")
+    [(best, price)] = refine(estimator(problem), [given])
+    assert best.async_ep
+    assert best.schedule in PAIRING
+    assert price.step_time_s < 0.9 * estimator(problem).played(given).step_time_s
+    dense = neighbours(estimator(LLAMA), parse_layout("dp4 tp2 pp2 mb1"))
+    assert not any(layout.async_ep for layout in [*dense, *neighbours(estimator(problem), parse_layout("dp128 ep32"))])
 
 
 def test_refinement_only_gains_and_stays_on_the_same_ranks() -> None:

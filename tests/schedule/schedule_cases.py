@@ -9,10 +9,13 @@ from meshwright.schedule.actions import Action, Kind, Placement, Schedule
 from meshwright.schedule.check import check_schedule
 from meshwright.schedule.orders import make_schedule
 from meshwright.spec.errors import UserError
-from meshwright.spec.layout import SCHEDULES
+from meshwright.spec.layout import PAIRING, SCHEDULES
 
 Shape = tuple[str, int, int, int]
 """What `make_schedule` takes: name, stages, micro-batches, chunks."""
+
+PairedShape = tuple[str, int, int, int, bool]
+"""And whether its pairs run at the same time."""
 
 
 @st.composite
@@ -34,6 +37,11 @@ def legal_shapes(stages: int, micro_batches: int) -> list[Shape]:
             out += [("interleaved", p, m, v) for v in (2, 3) if m % p == 0]
             out += [("dualpipe-v", p, m, 2)] if m >= 2 * p else []
     return out
+
+
+@st.composite
+def paired_shapes(draw: st.DrawFn, stages: int = 8, micro_batches: int = 16) -> PairedShape:
+    return *draw(shapes(stages, micro_batches, PAIRING)), True
 
 
 @st.composite

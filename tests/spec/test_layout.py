@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.spec.errors import UserError
-from meshwright.spec.layout import DENSE_AXES, OFFLOAD_PLACES, PRECISIONS, RECOMPUTES, SCHEDULES, Layout
+from meshwright.spec.layout import DENSE_AXES, OFFLOAD_PLACES, PAIRING, PRECISIONS, RECOMPUTES, SCHEDULES, Layout
 from meshwright.spec.notation import EXAMPLE, GRAMMAR, format_layout, parse_layout
 
 DEGREES = st.sampled_from((1, 2, 3, 4, 6, 8, 20))
@@ -33,6 +33,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     parts = draw(st.sampled_from([("core",), ("norms", "activation"), ("core", "norms", "mlp")]))
     precision = draw(st.sampled_from(PRECISIONS))
     dtypes = st.sampled_from([None, precision] if precision == "fp64" else [None, precision, "fp32"])
+    parameter_dtype = draw(dtypes)
     sp = tp > 1 and draw(st.booleans())
     offload = draw(st.sampled_from(["none", "optimizer", *(["all"] if zero == 3 else [])]))
     return Layout(
@@ -42,6 +43,11 @@ def layouts(draw: st.DrawFn) -> Layout:
         cp=cp,
         ep=ep,
         etp=draw(divisors(dp * cp * tp // ep)),
+        async_ep=ep > 1
+        and schedule in PAIRING
+        and zero < 3
+        and parameter_dtype in (None, precision)
+        and draw(st.booleans()),
         sp=sp,
         async_tp=sp and draw(st.booleans()),
         zero=zero,
@@ -54,7 +60,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         recompute_parts=parts if recompute == "selective" else ("core",),  # type: ignore[arg-type]
         recompute_layers=draw(st.sampled_from([None, 1, 7])) if recompute != "none" else None,
         precision=precision,  # type: ignore[arg-type]
-        parameter_dtype=draw(dtypes),  # type: ignore[arg-type]
+        parameter_dtype=parameter_dtype,  # type: ignore[arg-type]
         gradient_dtype=draw(dtypes),  # type: ignore[arg-type]
         offload=offload,  # type: ignore[arg-type]
         offload_to=draw(st.sampled_from(OFFLOAD_PLACES)) if offload != "none" else "cpu",  # type: ignore[arg-type]
@@ -98,6 +104,8 @@ CANONICAL = [
     "tp8 etp2 mb1 bf16",
     "dp2 tp2:sp pp2:1f1b mb1 bf16 order:pp-dp-cp-tp",
     "tp4:async mb1 bf16",
+    "dp8:zero1 pp4x2:dualpipe-v ep8:async mb1 bf16",
+    "tp4 pp2x2:dualpipe-v ep2:async etp2 mb1 bf16",
     "mb1 ac:core+norms+activation:3 bf16",
     "mb1 ac:full:2 bf16",
     "dp4:zero3 mb1 bf16 params:fp32 grads:bf16 offload:all@file",
@@ -163,6 +171,7 @@ def test_strides_grow_outwards_and_end_at_the_world(layout: Layout) -> None:
 
 # --- refusals: the value given, and what is legal, in one line
 
+PAIRED = {"dp": 2, "ep": 2, "async_ep": True, "pp": 4, "chunks": 2, "schedule": "dualpipe-v"}
 FIELDS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     *[({name: 0}, (name, "at least 1", "got 0")) for name in ("dp", "tp", "pp", "cp", "ep", "etp", "chunks", "cp_ulysses")],
     ({"micro_batch": -3}, ("micro_batch", "at least 1", "got -3")),
@@ -187,6 +196,11 @@ FIELDS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"order": ("tp", "tp", "dp", "pp")}, ("tp-tp-dp-pp", *DENSE_AXES)),
     ({"sp": True}, ("sp", "tp of 2 or more", "got tp1")),
     ({"tp": 4, "async_tp": True}, ("async tensor parallel", "needs sp", "tp4:async")),
+    ({"async_ep": True, "pp": 2, "chunks": 2, "schedule": "dualpipe-v"}, ("ep:async", "ep of 2 or more", "got ep1")),
+    ({"dp": 4, "ep": 4, "async_ep": True}, ("ep4:async", "1f1b on pp1", "pp2x2:dualpipe-v", "or ep4")),
+    ({**PAIRED, "schedule": "zb-v"}, ("ep2:async", "zb-v on pp4", "pp4x2:dualpipe-v", "or ep2")),
+    ({**PAIRED, "zero": 3}, ("ep2:async with zero3", "zero1 or zero2, or ep2")),
+    ({**PAIRED, "parameter_dtype": "fp32"}, ("ep2:async with params:fp32", "params:bf16, or ep2")),
     ({"zero": 2}, ("zero2", "dp of 2 or more", "got dp1")),
     ({"schedule": "gpipe"}, ("schedule", "pp of 2 or more", "got pp1")),
     ({"chunks": 2, "schedule": "interleaved"}, ("chunks", "pp of 2 or more", "got pp1")),
@@ -215,7 +229,7 @@ def test_a_layout_that_cannot_be_is_refused_with_its_values_and_the_legal_ones(
         assert part in message
 
 
-LEGAL_TOKENS = ("dpN", "tpN", "ppN", "cpN", "epN", "mbN", "ac:MODE[:N]", "order:A-B-C-D")
+LEGAL_TOKENS = ("dpN", "tpN", "ppN", "cpN", "epN[:async]", "mbN", "ac:MODE[:N]", "order:A-B-C-D")
 TEXTS: list[tuple[str, tuple[str, ...]]] = [
     *[(text, ("empty", EXAMPLE, "'dp1'")) for text in ("", "  \t")],
     *[

@@ -47,6 +47,7 @@ MORE = (
     ("qwen3-moe-like", "dp2 ep2 pp2:zb-h1 mb1 fp32"),
     ("deepseek-v3-like", "dp2:zero3 tp2:async ep2 mb2 fp32"),
     ("gpt-oss-like", "tp2 mb4 ac:core+mlp fp32"),
+    ("deepseek-v3-like", "dp2 pp2x2:dualpipe-v ep2:async mb1 fp32"),
 )
 
 
@@ -97,6 +98,7 @@ def without_layers(traced: StageTrace) -> Counter[object]:
         pytest.param("untied", "pp2x2:interleaved mb1", marks=pytest.mark.parity),
         pytest.param("untied", "pp2x2:zb-v mb1", marks=pytest.mark.parity),
         pytest.param("mixtral-like", "dp2 ep2 pp2 mb1", marks=pytest.mark.parity),
+        pytest.param("mixtral-like", "dp2 pp2x2:dualpipe-v ep2:async mb1", marks=pytest.mark.parity),
     ],
 )
 def test_replay_equals_a_full_run(name: str, layout: str) -> None:

@@ -23,7 +23,9 @@ def plan(
     precision: Annotated[str, typer.Option("--precision", help="bf16, fp32 or fp64.")] = "bf16",
     refine: Annotated[
         bool,
-        typer.Option("--refine", help="Try partial recompute, offload, rank orders and uneven stages on the finalists."),
+        typer.Option(
+            "--refine", help="Try partial recompute, offload, rank orders, uneven stages and pairs on the finalists."
+        ),
     ] = False,
     pareto: Annotated[bool, typer.Option("--pareto", help="Also show what leaving memory free costs in speed.")] = False,
     sensitivity: Annotated[

@@ -130,6 +130,9 @@ class Durations:
     """Forward and backward without communication."""
     weight: float
     """The part of the backward that a zero-bubble schedule can put off: the products that make weight gradients."""
+    forward_experts: float = 0.0
+    """The part of the forward in which tokens travel to or from experts."""
+    backward_experts: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +208,9 @@ class Estimator:
         sending = max(len(p.boundary) for p in programs) * m * send
         step = max(timeline.end, floor, sending) + end
         # Between fill and drain a send runs beside computation; filling and draining wait for one hop a stage each.
-        costs = self._collective_costs(programs, layout, alone, exposed_sends=2 * (layout.pp - 1) * send)
+        costs = self._collective_costs(
+            programs, layout, alone, [timeline.hidden(stage) for stage in range(layout.pp)], 2 * (layout.pp - 1) * send
+        )
         compute = max(d.compute for d in alone) * m
         kernels = self.kernels(layout, shared=True)
         optimizer = max(kernels.elementwise(p.optimizer) for p in programs)
@@ -239,16 +244,16 @@ class Estimator:
             whole = self._passing(self.durations(pieces, layout, shared=False), state.passes)
             end = max(end, self._exposed_reduction(state.reductions, whole) + state.rest)
             for stage in members:
-                seconds[stage] = [ChunkSeconds(d.forward, d.backward, d.weight) for d in each]
+                seconds[stage] = [self._in_schedule(d, layout) for d in each]
                 sends = boundary(self.model, layout, self.workload.seq, stage)
                 most = max(most, len(sends))
                 held = in_flight_bytes(chunks, schedule, stage, layout)
-                passing = passing_bytes(pieces, held, sum(c.bytes for c in sends))
+                passing = passing_bytes(chunks, held, sum(c.bytes for c in sends), schedule.paired)
                 peak = max(peak, state.bytes + sum(passing.values()) + self.overhead)
             if self.cluster.node.compute_slots is not None:
                 busy = self.durations(pieces, layout, shared=True)
                 floor += (busy.forward + busy.backward) * len(members) * m / layout.pp
-        pipelined = step_end(layout.schedule, layout.pp, m, layout.chunks, seconds, send)
+        pipelined = step_end(layout, m, seconds, send)
         step = max(pipelined, floor if layout.world > 1 else 0.0, most * m * send) + end
         return Price(step, int(peak), peak <= self.cluster.accelerator.memory_bytes)
 
@@ -328,7 +333,7 @@ class Estimator:
         with the casts that its computation waits for."""
         forward = self._exposed_pass(passes.forward, passes.forward_read, d.forward) + passes.casts
         backward = self._exposed_pass(passes.backward, passes.backward_read, d.backward) + passes.casts
-        return Durations(d.forward + forward, d.backward + backward, d.compute + 2 * passes.casts, d.weight)
+        return replace(d, forward=d.forward + forward, backward=d.backward + backward, compute=d.compute + 2 * passes.casts)
 
     def _exposed_pass(self, sent: float, read: float, work: float) -> float:
         """Links to other ranks and to the host are busy at the same time, except where ranks share the cores that move the bytes."""
@@ -375,7 +380,13 @@ class Estimator:
         """Of each chunk of a stage; what ZeRO sends is shared out evenly."""
         passes = self._passes(program, layout).of_one(len(program.chunks))
         each = [self._passing(self.durations(pieces, layout, shared=False), passes) for pieces in program.chunks]
-        return [ChunkSeconds(d.forward, d.backward, d.weight) for d in each]
+        return [self._in_schedule(d, layout) for d in each]
+
+    def _in_schedule(self, d: Durations, layout: Layout) -> ChunkSeconds:
+        """In pairs the way to and from experts runs under the other pass, except where ranks share the cores that move the bytes."""
+        if not (layout.async_ep and self.times.hides):
+            return ChunkSeconds(d.forward, d.backward, d.weight)
+        return ChunkSeconds(d.forward, d.backward, d.weight, d.forward_experts, d.backward_experts, self.constants.beside)
 
     def send_seconds(self, layout: Layout) -> float:
         sends = boundary(self.model, layout, self.workload.seq, 0)
@@ -408,6 +419,8 @@ class Estimator:
                     backward[0] + backward[1],
                     forward[0] + backward[0],
                     self._weight_seconds(piece.backward, kernels),
+                    self._expert_seconds(piece.forward),
+                    self._expert_seconds(piece.backward),
                 ),
             )
         return self._seconds[key][1]
@@ -448,6 +461,9 @@ class Estimator:
         products = [g for op in ops for g in (op.work if isinstance(op, Under) else (op,)) if isinstance(g, Gemm)]
         return sum(kernels.gemm(g) for g in products if g.is_weight_gradient)
 
+    def _expert_seconds(self, ops: tuple[Op, ...]) -> float:
+        return sum(self.times.seconds(op) for op in ops if isinstance(op, Collective) and op.axis == "ep")
+
     def _work(self, op: Under, kernels: Kernels) -> float:
         return sum(kernels.gemm(g) if isinstance(g, Gemm) else kernels.attention(g) for g in op.work)
 
@@ -485,18 +501,25 @@ class Estimator:
         return max(reductions[-1], self._beside(sum(reductions), d.backward))
 
     def _collective_costs(
-        self, programs: list[Program], layout: Layout, alone: list[Durations], exposed_sends: float
+        self,
+        programs: list[Program],
+        layout: Layout,
+        alone: list[Durations],
+        under_pairs: Sequence[float],
+        exposed_sends: float,
     ) -> tuple[CollectiveCost, ...]:
+        """`under_pairs[stage]`: seconds of communication with experts that the other pass of a pair hides."""
         m = micro_batches(layout, self.workload)
         best: dict[tuple[str, str, int], CollectiveCost] = {}
-        for stage, (program, d) in enumerate(zip(programs, alone, strict=True)):
+        for stage, (program, d, under_pair) in enumerate(zip(programs, alone, under_pairs, strict=True)):
             hidden = self._hidden_by_kind(program, layout, d, m)
             rows: dict[tuple[str, str, int], list[tuple[Collective, int]]] = {}
             for c, times in step_collectives(program, m):
                 rows.setdefault((c.axis, c.op, c.group_size), []).append((c, times))
             for key, calls in rows.items():
                 seconds = sum(self.times.seconds(c) * times for c, times in calls)
-                exposed = exposed_sends if key[:2] == ("pp", "send") else max(0.0, seconds - hidden.get(key, 0.0))
+                beside = hidden.get(key, 0.0) + (under_pair if key[0] == "ep" else 0.0)  # which is all of one kind
+                exposed = exposed_sends if key[:2] == ("pp", "send") else max(0.0, seconds - beside)
                 nbytes = sum(c.bytes * times for c, times in calls)
                 if key not in best or nbytes > best[key].bytes:
                     link = self.times.link(calls[0][0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from meshwright.cost.gradients import gradient_buffer_bytes
@@ -60,7 +61,8 @@ def stage_memory(program: Program, layout: Layout, schedule: Schedule, stage: in
     `overhead`: bytes of context, communication library and allocator.
     """
     sent = sum(c.bytes for c in program.boundary)
-    passing = passing_bytes(program.pieces, in_flight_bytes(program.chunks, schedule, stage, layout), sent)
+    held = in_flight_bytes(program.chunks, schedule, stage, layout)
+    passing = passing_bytes(program.chunks, held, sent, schedule.paired)
     units = {"units": nbytes} if (nbytes := unit_buffer_bytes(program, layout)) else {}
     whole = gradient_buffer_bytes(program, layout, schedule.micro_batches)
     buffers = units | ({"whole gradients": whole} if whole else {})
@@ -92,6 +94,8 @@ def put_off_bytes(piece: Piece, width: int) -> int:
     return width * (sum(inputs.values()) + gradients)
 
 
-def passing_bytes(pieces: tuple[tuple[Piece, int], ...], activations: int, sent: int) -> dict[str, int]:
-    """What comes and goes with micro-batches; a boundary tensor may be waiting to be sent while the next is received."""
-    return {"activations": activations, "working": max(piece.working_bytes for piece, _ in pieces) + 2 * sent}
+def passing_bytes(chunks: Sequence[Pieces], activations: int, sent: int, paired: bool) -> dict[str, int]:
+    """What comes and goes with micro-batches; a boundary tensor may be waiting to be sent while the next is received. The two passes of
+    a pair, of two chunks, have temporaries at the same time."""
+    working = [max(piece.working_bytes for piece, _ in chunk) for chunk in chunks]
+    return {"activations": activations, "working": (sum(working) if paired else max(working)) + 2 * sent}

@@ -9,12 +9,13 @@ comes exactly as much later as its like of k rounds before, all further rounds d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from meshwright.cost.timeline import ChunkSeconds, Timeline, play_ends
-from meshwright.schedule.actions import Kind
-from meshwright.schedule.orders import layout_order, round_size, shorter, wound_order
+from meshwright.schedule.actions import Kind, Schedule
+from meshwright.schedule.clock import Waits
+from meshwright.schedule.orders import layout_clock, layout_order, round_size, shorter, wound_order
 from meshwright.spec.layout import Layout
 
 ROUNDING = 1e-12
@@ -25,35 +26,31 @@ MORE = 2
 
 def play_layout(layout: Layout, micro_batches: int, seconds: Sequence[Sequence[ChunkSeconds]], send: float) -> Timeline:
     """What `play` makes of the layout's schedule; only what is asked for its spans plays all of it."""
-    name, stages, chunks = layout.schedule, layout.pp, layout.chunks
-    end = step_end(name, stages, micro_batches, chunks, seconds, send)
-    return Timeline(
-        micro_batches,
-        seconds,
-        send,
-        end,
-        lambda: (layout_order(layout, micro_batches), wound_order(name, stages, micro_batches, chunks)),
-    )
+    end = step_end(layout, micro_batches, seconds, send)
+    whole = partial(_whole, layout, micro_batches)
+    return Timeline(micro_batches, seconds, send, end, whole)
 
 
-def step_end(
-    name: str, stages: int, micro_batches: int, chunks: int, seconds: Sequence[Sequence[ChunkSeconds]], send: float
-) -> float:
-    """When the last computation of the named schedule ends; `seconds` and `send` as for `play`. The same as playing all of it."""
+def step_end(layout: Layout, micro_batches: int, seconds: Sequence[Sequence[ChunkSeconds]], send: float) -> float:
+    """When the last computation of the layout's schedule ends; `seconds` and `send` as for `play`. The same as playing all of it."""
 
     def ends(few: int) -> list[float]:
-        return play_ends(wound_order(name, stages, few, chunks), seconds, send)
+        return play_ends(layout_clock(layout, few), seconds, send)
 
-    few = shorter(name, stages, micro_batches)
+    few = shorter(layout.schedule, layout.pp, micro_batches)
     short = ends(few)
     if few == micro_batches:
         return max(short)
-    size = round_size(name, stages)
-    cycle = _cycle(short, _middle(name, stages, few, chunks), size, stages)
+    size = round_size(layout.schedule, layout.pp)
+    cycle = _cycle(short, _middle(layout.schedule, layout.pp, few, layout.chunks, layout.async_ep), size, layout.pp)
     if cycle is None:
         return max(ends(micro_batches))
     times, left = divmod((micro_batches - few) // size, cycle.rounds)
     return max(ends(few + left * size) if left else short) + times * cycle.seconds
+
+
+def _whole(layout: Layout, micro_batches: int) -> tuple[Schedule, Sequence[Waits]]:
+    return layout_order(layout, micro_batches), layout_clock(layout, micro_batches)
 
 
 class _Cycle(NamedTuple):
@@ -79,14 +76,14 @@ def _cycle(ends: Sequence[float], middle: Sequence[Sequence[int]], size: int, mo
 
 
 @lru_cache(maxsize=256)
-def _middle(name: str, stages: int, micro_batches: int, chunks: int) -> tuple[tuple[int, ...], ...]:
+def _middle(name: str, stages: int, micro_batches: int, chunks: int, paired: bool) -> tuple[tuple[int, ...], ...]:
     """For each computation of each stage, which turn it is on the micro-batches between warm-up and drain; nothing where some of these
     run it and others do not."""
     micro = range(2 * stages, micro_batches - 2 * stages)
     rows: dict[tuple[int, Kind, int], dict[int, int]] = {}
-    for number, (stage, action, _, _) in enumerate(wound_order(name, stages, micro_batches, chunks)):
-        if action.micro_batch in micro:
-            rows.setdefault((stage, action.kind, action.chunk), {})[action.micro_batch] = number
+    for number, turn in enumerate(wound_order(name, stages, micro_batches, chunks, paired)):
+        if turn.action.micro_batch in micro:
+            rows.setdefault((turn.stage, turn.action.kind, turn.action.chunk), {})[turn.action.micro_batch] = number
     if any(len(row) < len(micro) for row in rows.values()):
         return ()
     return tuple(tuple(row[i] for i in micro) for row in rows.values())

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from meshwright.schedule.actions import Action, Kind, Schedule
 from meshwright.schedule.clock import Waits, run_clock, source_of, wind_clock
+from meshwright.schedule.pairs import computations
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,11 @@ class ChunkSeconds:
     """The whole backward."""
     weight: float | None = None
     """The part of the backward that a split backward puts off; None where no schedule asks for it."""
+    forward_apart: float = 0.0
+    """Of the forward, what the other pass of a pair can compute under: it sends, and computes nothing."""
+    backward_apart: float = 0.0
+    beside: float = 1.0
+    """Of what runs under the other pass: what that one loses to it."""
 
     def of(self, kind: Kind) -> float:
         if kind is Kind.FORWARD:
@@ -29,9 +35,21 @@ class ChunkSeconds:
         return self.weight if kind is Kind.BACKWARD_WEIGHT else self.backward - self.weight
 
 
+def together(forward: ChunkSeconds, backward: ChunkSeconds) -> float:
+    """Seconds of a pair: a forward of one chunk and a backward of another, begun at once.
+
+    No shorter than either pass alone, than what the two compute, and than what the two send over the same links; and no longer than
+    one after the other. Between these bounds the two passes are taken to fit perfectly, but for what they take from each other.
+    """
+    alone = forward.forward, backward.backward
+    apart = forward.forward_apart, backward.backward_apart
+    least = max(*alone, sum(alone) - sum(apart), sum(apart))
+    return least + min(1.0, backward.beside) * (sum(alone) - least)
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One computation: `kind` of `micro_batch` on `chunk` of `stage` from `start` to `end` seconds."""
+    """One computation: `kind` of `micro_batch` on `chunk` of `stage` from `start` to `end` seconds. The two of a pair have the same."""
 
     stage: int
     kind: Kind
@@ -64,12 +82,29 @@ class Timeline:
     def spans(self) -> tuple[Span, ...]:
         schedule, wound = self.whole()
         each = _by_kind(self.seconds)
-        turns = run_clock(schedule, lambda stage, action: each[stage][action.chunk][action.kind], self.send, wound)
+        turns = run_clock(
+            schedule,
+            lambda stage, action: each[stage][action.chunk][action.kind],
+            self.send,
+            wound,
+            lambda stage, forward, backward: together(
+                self.seconds[stage][forward.chunk], self.seconds[stage][backward.chunk]
+            ),
+        )
         return tuple(Span(t.stage, t.action.kind, t.action.micro_batch, t.action.chunk, t.start, t.end) for t in turns)
 
     def busy(self, stage: int) -> float:
-        """Seconds in which the stage computes."""
-        return self.micro_batches * sum(chunk.forward + chunk.backward for chunk in self.seconds[stage])
+        """Seconds in which the stage computes, or waits for what a pass itself sends."""
+        each = sum(chunk.forward + chunk.backward for chunk in self.seconds[stage])
+        return self.micro_batches * each - self.hidden(stage)
+
+    def hidden(self, stage: int) -> float:
+        """Seconds by which pairs are shorter than their passes one after the other."""
+        seconds = self.seconds[stage]
+        if not any(chunk.forward_apart or chunk.backward_apart for chunk in seconds):
+            return 0.0
+        pairs = [(seconds[u[0].chunk], seconds[u[1].chunk]) for u in computations(self.schedule, stage) if len(u) > 1]
+        return sum(f.forward + b.backward - together(f, b) for f, b in pairs)
 
     def idle(self, stage: int) -> float:
         """Seconds in which the stage waits between its first computation and its last.
@@ -100,11 +135,19 @@ def play_ends(turns: Sequence[Waits], seconds: Sequence[Sequence[ChunkSeconds]],
     """When each computation of a wound schedule ends."""
     each = _by_kind(seconds)
     clock, ends = [0.0] * len(seconds), list[float]()
-    for stage, action, source, travels in turns:
-        start = clock[stage]
+    start, forward = 0.0, None
+    for stage, action, source, travels, joins in turns:
+        if not joins:
+            start = clock[stage]
         if source >= 0:
             start = max(start, ends[source] + send if travels else ends[source])
-        clock[stage] = end = start + each[stage][action.chunk][action.kind]
+        if joins:  # the pair begins when both halves can
+            assert forward is not None
+            end = start + together(seconds[stage][forward.chunk], seconds[stage][action.chunk])
+            ends[-1] = end
+        else:
+            end = start + each[stage][action.chunk][action.kind]
+        clock[stage], forward = end, action
         ends.append(end)
     return ends
 

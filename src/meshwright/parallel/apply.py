@@ -139,21 +139,22 @@ def apply(
             Decoder(model, chunk.layers, first=chunk.first, last=chunk.last)
             for chunk in stage_chunks(model.layers, layout)[mesh.stage]
         ]
-    for decoder in chunks:
+    for chunk, decoder in enumerate(chunks):
+        lane = mesh.lane(chunk)
         if layout.tp > 1:
             apply_tensor_parallel(
                 decoder,
-                mesh["tp"],
+                lane["tp"],
                 gradients,
                 sequence=layout.sp,
                 micro_batch=layout.micro_batch,
                 overlap=layout.async_tp,
             )
-        _split_experts(decoder, mesh, gradients, balance, workload.seq)
+        _split_experts(decoder, lane, gradients, balance, workload.seq)
         _keep_weight_gradients(decoder, gradients)
         recompute_parts(decoder, layout)
         if layout.cp > 1:
-            _split_attention(decoder, mesh)
+            _split_attention(decoder, lane)
         recompute_layers(decoder, layout)
     buckets = plan_buckets(rank_shards(model, layout, mesh.stage, mesh.seat), layout)
     state = DataParallel(buckets, mesh, make_offload(mesh, offload_dir))
@@ -167,7 +168,7 @@ def apply(
         chunks,
         schedule or layout_schedule(layout, micro_batches(layout, workload)),
         mesh["pp"],
-        _loss(model, mesh),
+        _loss(model, mesh.lane(next((i for i, decoder in enumerate(chunks) if decoder.head is not None), 0))),
         _boundary(model, workload, mesh),
         DTYPE[layout.precision],
         gradients,

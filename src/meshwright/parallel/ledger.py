@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from threading import Lock
 
 
 @dataclass(frozen=True, order=True)
@@ -18,14 +19,16 @@ class Entry:
 @dataclass
 class Ledger:
     """Calls and bytes by kind. Bytes: the buffer of an all-reduce, the gathered array of an all-gather, the whole input of
-    a reduce-scatter, the message of a send."""
+    a reduce-scatter, the message of a send. The two passes of a pair count at the same time."""
 
     count: Counter[Entry] = field(default_factory=Counter)
     bytes: Counter[Entry] = field(default_factory=Counter)
+    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def record(self, entry: Entry, nbytes: int) -> None:
-        self.count[entry] += 1
-        self.bytes[entry] += nbytes
+        with self._lock:
+            self.count[entry] += 1
+            self.bytes[entry] += nbytes
 
     def clear(self) -> None:
         self.count.clear()

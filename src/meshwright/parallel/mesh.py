@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -32,6 +33,8 @@ class Mesh:
     expert_shard, expert_replicate   likewise of edp
     kv                      tp ranks that share a key-value head, where the model has fewer heads than ranks
     embedding               first and last stage, where they share a tied embedding
+
+    `lanes`: by chunk, the groups of IN_PASSES once more; empty where no two chunks run at the same time.
     """
 
     layout: Layout
@@ -40,6 +43,12 @@ class Mesh:
     coordinates: MappingProxyType[str, int]
     groups: MappingProxyType[str, Group]
     ledger: Ledger = field(repr=False)
+    lanes: tuple[MappingProxyType[str, Group], ...] = ()
+
+    def lane(self, chunk: int) -> Mesh:
+        """As the passes of a chunk see it. Collectives of one communicator must be issued in the same order on all of its ranks, and
+        what two passes issue at the same time has none; so what the other chunk or a reduction of gradients uses is not theirs."""
+        return replace(self, groups=self.lanes[chunk], lanes=()) if self.lanes else self
 
     def __getitem__(self, name: str) -> Group:
         return self.groups[name]
@@ -63,6 +72,10 @@ class Mesh:
         return tensor
 
 
+IN_PASSES = ("tp", "cp", "ring", "ulysses", "ep")
+"""Groups whose collectives are a part of forward and backward."""
+
+
 def build_mesh(layout: Layout, model: Model, device: torch.device, ledger: Ledger | None = None) -> Mesh:
     """Make the process groups of `layout`. Needs an initialised process group unless the world is one rank. What the groups
     send is told to `ledger`.
@@ -79,10 +92,18 @@ def build_mesh(layout: Layout, model: Model, device: torch.device, ledger: Ledge
     for axis in layout.order:
         ranks = grid.group(axis, rank)
         groups[axis] = Group(axis, ranks, ranks.index(rank), handles.get(axis), ledger)
-    for name, (axis, members) in _derived(layout, model, grid).items():
+    derived = _derived(layout, model, grid)
+    for name, (axis, members) in derived.items():
         groups[name] = _group(axis, members, groups, rank, world, ledger)
+    lanes = []
+    for _ in range(layout.chunks if layout.async_ep else 0):
+        own: dict[str, Group] = {}
+        for name in (name for name in IN_PASSES if name in groups):
+            axis, members = derived.get(name, (name, partial(grid.group, name)))
+            own[name] = _group(axis, members, own, rank, world, ledger)
+        lanes.append(MappingProxyType(groups | own))
     coordinates = grid.coordinates(rank) | grid.expert_coordinates(rank)
-    return Mesh(layout, rank, device, MappingProxyType(coordinates), MappingProxyType(groups), ledger)
+    return Mesh(layout, rank, device, MappingProxyType(coordinates), MappingProxyType(groups), ledger, tuple(lanes))
 
 
 Members = Callable[[int], tuple[int, ...]]

@@ -12,9 +12,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meshwright.models.attention import EVERYWHERE, Where
 from meshwright.parallel.collectives import Group
+from meshwright.parallel.lanes import Lanes, used_here
 from meshwright.parallel.linear import Later, WeightGradients
 from meshwright.schedule.actions import Action, Kind, Schedule
 from meshwright.schedule.check import batches
+from meshwright.schedule.pairs import paired
 
 MOST_LEAVING = 8
 """Sends whose tensors are kept without asking whether they are through."""
@@ -37,7 +39,7 @@ class Pipeline:
 
     Where the schedule splits the backward, its first half computes everything but the products that `weights` puts off, the weight
     gradients of linears; the second half computes these. The gradients of norms, biases and embeddings are small, and come with
-    the first half.
+    the first half. Where the schedule is paired, a forward and a backward of two chunks run at the same time.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Pipeline:
         assert (len(chunks), group.size) == (schedule.chunks, schedule.stages)
         self.chunks, self.schedule, self.group, self.loss, self.weights = chunks, schedule, group, loss, weights
         self.boundary, self.dtype = boundary, dtype
-        self.work = batches(schedule.actions[group.index])
+        work = batches(schedule.actions[group.index])
+        self.work = paired(work) if schedule.paired else work
+        self.lanes: Lanes | None = None
         self.loss_dtype = torch.promote_types(dtype, torch.float32)
         self.step_type: type[Step] = Step
 
@@ -64,18 +68,17 @@ class Pipeline:
         """
         if len(data) != self.schedule.micro_batches:
             raise ValueError(f"the schedule runs {self.schedule.micro_batches} micro-batches, got {len(data)}")
+        if self.lanes is None:  # the device of the first step's data is that of all
+            self.lanes = Lanes(self.schedule.chunks, data[0].tokens.device, self.schedule.paired)
         step = self.step_type(self, data, scale)
-        compute = {
-            Kind.FORWARD: step.forward,
-            Kind.BACKWARD: step.backward,
-            Kind.BACKWARD_INPUT: step.backward_input,
-            Kind.BACKWARD_WEIGHT: step.backward_weight,
-        }
         for batch in self.work:
-            if batch[0].kind.is_compute:
-                compute[batch[0].kind](batch[0])
-            else:
+            if not batch[0].kind.is_compute:
                 step.communicate(batch)
+            elif len(batch) == 2:
+                step.together(*batch)
+            else:
+                with self.lanes.of(batch[0].chunk):
+                    step.compute(batch[0])
         step.drain()
         return step.total
 
@@ -105,13 +108,28 @@ class Step:
         self.leaving: deque[tuple[torch.distributed.Work, Tensor]] = deque()
         self.total = torch.zeros((), dtype=pipeline.loss_dtype, device=self.device)
 
+    def compute(self, action: Action) -> None:
+        {
+            Kind.FORWARD: self.forward,
+            Kind.BACKWARD: self.backward,
+            Kind.BACKWARD_INPUT: self.backward_input,
+            Kind.BACKWARD_WEIGHT: self.backward_weight,
+        }[action.kind](action)
+
+    def together(self, forward: Action, backward: Action) -> None:
+        """The two of a pair at the same time. They share nothing that either changes but dicts, under keys of their own."""
+        assert self.pipeline.lanes is not None
+        self.pipeline.lanes.together(
+            lambda: self.forward(forward), lambda: self.backward(backward), (forward.chunk, backward.chunk)
+        )
+
     def forward(self, action: Action) -> None:
         i, chunk = part = action.micro_batch, action.chunk
         tokens, labels, where = self.data[i]
         x = tokens
         if not self.schedule.is_first(self.stage, chunk):
             self._arrive(action.of(Kind.RECV_FORWARD))
-            x = self.inputs[part].requires_grad_()
+            x = used_here(self.inputs[part]).requires_grad_()
         out = self.pipeline.chunks[chunk](x, where)
         if self.schedule.is_last(self.stage, chunk):
             out = self.pipeline.loss(out, labels) * self.scale
@@ -131,7 +149,7 @@ class Step:
         gradient = None
         if not self.schedule.is_last(self.stage, chunk):
             self._arrive(action.of(Kind.RECV_BACKWARD))
-            gradient = self.gradients.pop(part)
+            gradient = used_here(self.gradients.pop(part))
         torch.autograd.backward(self.graphs.pop(part), gradient)
         before = self.schedule.before(self.stage, chunk)
         if before is None:

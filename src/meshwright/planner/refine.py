@@ -1,4 +1,4 @@
-"""What the search leaves out, tried on its finalists: recompute of fewer layers, offload, rank orders, stages of equal cost.
+"""What the search leaves out, tried on its finalists: recompute of fewer layers, offload, rank orders, stages of equal cost, pairs.
 
 Each of these changes little, and only from a layout that is good already: hill climbing with the exact estimator, one change at a
 time, until none makes the layout quicker.
@@ -17,7 +17,7 @@ from meshwright.planner.rules.reshape import order_has_price
 from meshwright.planner.search import Candidate, Plan
 from meshwright.planner.stages import least_maximum_layers
 from meshwright.spec.errors import UserError
-from meshwright.spec.layout import Layout
+from meshwright.spec.layout import PAIRING, Layout
 
 GAIN = 1e-3
 """Share of the step that a change must save."""
@@ -72,6 +72,8 @@ def neighbours(estimator: Estimator, layout: Layout) -> Iterator[Layout]:
     yield from _orders(layout, estimator.cluster.fabric.domain)
     if layout.pp > 1 and layout.stage_layers is None:
         yield from _balanced(estimator, layout)
+    if layout.pp > 1 and layout.ep > 1 and not layout.async_ep:
+        yield from _paired(layout)
 
 
 def _recomputes(estimator: Estimator, layout: Layout) -> Iterator[Layout]:
@@ -104,6 +106,16 @@ def _balanced(estimator: Estimator, layout: Layout) -> Iterator[Layout]:
         yield replace(layout, stage_layers=least_maximum_layers(estimator, layout))
     except UserError:
         return
+
+
+def _paired(layout: Layout) -> Iterator[Layout]:
+    """Under a schedule of pairs, with the way to experts under the other pass."""
+    kept = layout.stage_layers if layout.schedule in PAIRING else None
+    for schedule in PAIRING:
+        try:
+            yield replace(layout, schedule=schedule, chunks=2, async_ep=True, stage_layers=kept)
+        except UserError:
+            return
 
 
 def price_of(estimator: Estimator, layout: Layout) -> Price | None:

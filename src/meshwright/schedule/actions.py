@@ -83,7 +83,7 @@ Placement = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Schedule:
-    """`actions[stage]` is what that stage does, in order.
+    """`actions[stage]` is what that stage does, in order; `paired`, the pairs of `pairs.py` at the same time.
 
     Activations go from place to place of the model, gradients back. Between two places on one stage nothing is sent: the stage
     hands the tensor over to itself.
@@ -93,6 +93,7 @@ class Schedule:
     micro_batches: int
     actions: tuple[tuple[Action, ...], ...]
     placement: Placement
+    paired: bool = False
 
     @property
     def stages(self) -> int:

@@ -12,7 +12,9 @@ Gaps = list[list[Action]]
 """What stands before each of a stage's computations, and after the last."""
 
 
-def with_communication(name: str, micro_batches: int, orders: Sequence[Sequence[Action]], placement: Placement) -> Schedule:
+def with_communication(
+    name: str, micro_batches: int, orders: Sequence[Sequence[Action]], placement: Placement, paired: bool = False
+) -> Schedule:
     """The schedule that computes `orders[stage]` in order. Raises UserError where the stages would wait for each other.
 
     A tensor is sent right after it was computed. Its receive is posted at the last moment between two computations of the receiver
@@ -24,8 +26,10 @@ def with_communication(name: str, micro_batches: int, orders: Sequence[Sequence[
     it did, and take of the stages that stopped the one, A, whose next computation ends first on the clock. Whatever A waits for
     happens before that end, so its peer stopped before it got there, and has a next computation that ends still earlier.
     Tensors from one stage to another are received in the order in which they are sent, because both follow the clock.
+
+    The two of a pair begin and end together, as one computation, so all this holds for them, and nothing stands between the two.
     """
-    plan = Schedule(name, micro_batches, tuple(map(tuple, orders)), placement)
+    plan = Schedule(name, micro_batches, tuple(map(tuple, orders)), placement, paired)
     # A split schedule is drawn for forward, input and weight gradient of equal length, and its few whole backwards beside them
     # fit that grid best.
     backward = 1.0 if plan.splits_backward else 2.0
@@ -42,7 +46,7 @@ def with_communication(name: str, micro_batches: int, orders: Sequence[Sequence[
             sends[stage][bisect_right(ends[stage], end) - 1].append(send)
             receives[peer][bisect_right(ends[peer], end) - 1].append(receive)
     actions = tuple(tuple(_merge(*parts)) for parts in zip(plan.actions, sends, receives, strict=True))
-    return Schedule(name, micro_batches, actions, placement)
+    return Schedule(name, micro_batches, actions, placement, paired)
 
 
 def _send(schedule: Schedule, stage: int, action: Action) -> Action | None:

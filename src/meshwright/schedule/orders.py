@@ -19,34 +19,34 @@ from meshwright.spec.layout import Layout
 
 
 @lru_cache(maxsize=256)
-def make_schedule(name: str, stages: int, micro_batches: int, chunks: int = 1) -> Schedule:
+def make_schedule(name: str, stages: int, micro_batches: int, chunks: int = 1, paired: bool = False) -> Schedule:
     """The action lists of the named schedule, `chunks` chunks on each of `stages` stages.
 
     Raises UserError for a name without one, and for chunks or micro-batches that the schedule is not made for.
     """
-    order = make_order(name, stages, micro_batches, chunks)
-    return with_communication(name, micro_batches, order.actions, order.placement)
+    order = make_order(name, stages, micro_batches, chunks, paired)
+    return with_communication(name, micro_batches, order.actions, order.placement, paired)
 
 
 @lru_cache(maxsize=256)
-def make_order(name: str, stages: int, micro_batches: int, chunks: int = 1) -> Schedule:
+def make_order(name: str, stages: int, micro_batches: int, chunks: int = 1, paired: bool = False) -> Schedule:
     """What `make_schedule` computes, without what it sends: enough to price it."""
     if name not in _ORDERS:
         raise choices(name, _ORDERS, "pipeline schedule")
     _check_chunks(name, chunks)
     check_micro_batches(name, stages, micro_batches)
     orders = tuple(tuple(_ORDERS[name](stage, stages, micro_batches, chunks)) for stage in range(stages))
-    return Schedule(name, micro_batches, orders, placement(name, stages, chunks))
+    return Schedule(name, micro_batches, orders, placement(name, stages, chunks), paired)
 
 
 def layout_schedule(layout: Layout, micro_batches: int) -> Schedule:
     """The schedule a layout runs; without a pipeline, forward and backward of each micro-batch in turn."""
-    return make_schedule(layout.schedule, layout.pp, micro_batches, layout.chunks)
+    return make_schedule(layout.schedule, layout.pp, micro_batches, layout.chunks, layout.async_ep)
 
 
 def layout_order(layout: Layout, micro_batches: int) -> Schedule:
     """What the stages of a layout compute, without what they send."""
-    return make_order(layout.schedule, layout.pp, micro_batches, layout.chunks)
+    return make_order(layout.schedule, layout.pp, micro_batches, layout.chunks, layout.async_ep)
 
 
 def brief_order(layout: Layout, micro_batches: int) -> Schedule:
@@ -85,10 +85,15 @@ def peak_in_flight(name: str, stage: int, stages: int, micro_batches: int, chunk
     return min(m, stages - stage)
 
 
+def layout_clock(layout: Layout, micro_batches: int) -> tuple[Waits, ...]:
+    """`layout_order` with what each computation waits for: to price it again and again."""
+    return wound_order(layout.schedule, layout.pp, micro_batches, layout.chunks, layout.async_ep)
+
+
 @lru_cache(maxsize=256)
-def wound_order(name: str, stages: int, micro_batches: int, chunks: int = 1) -> tuple[Waits, ...]:
-    """`make_order` with what each computation waits for: to price it again and again."""
-    return tuple(wind_clock(make_order(name, stages, micro_batches, chunks)))
+def wound_order(name: str, stages: int, micro_batches: int, chunks: int = 1, paired: bool = False) -> tuple[Waits, ...]:
+    """`make_order`, wound."""
+    return tuple(wind_clock(make_order(name, stages, micro_batches, chunks, paired)))
 
 
 def round_size(name: str, stages: int) -> int:

@@ -25,6 +25,8 @@ OFFLOADS: tuple[str, ...] = get_args(Offload)
 OFFLOAD_PLACES: tuple[str, ...] = get_args(OffloadTo)
 DENSE_AXES = ("tp", "cp", "dp", "pp")
 """The axes of the dense world equation, in the default rank order: innermost first."""
+PAIRING: tuple[ScheduleName, ...] = ("dualpipe-v",)
+"""Schedules whose steady state is pairs of a forward and a backward that need nothing of each other (`schedule/pairs.py`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,8 @@ class Layout:
     """Sequence parallel: the norm regions hold 1/tp of the sequence."""
     async_tp: bool = False
     """Sequence parallel's gathers and scatters in pieces, each under the product of another."""
+    async_ep: bool = False
+    """Tokens travel to and from experts while another micro-batch is computed, in a schedule that runs the two as a pair."""
     zero: int = 0
     """ZeRO stage: 0 replicates, 1 shards optimizer state, 2 gradients too, 3 parameters too."""
     zero_shard: int | None = None
@@ -105,6 +109,8 @@ class Layout:
                 f"async tensor parallel hides the communication of sequence parallel: it needs sp, got tp{self.tp} without: "
                 f"write tp{max(2, self.tp)}:async"
             )
+        if self.async_ep:
+            self._refuse_ignored_pairs()
         if self.zero and self.dp * self.cp == 1:
             raise UserError(f"zero{self.zero} shards over data-parallel ranks: it needs dp of 2 or more, got dp1")
         if self.pp == 1 and (self.chunks > 1 or self.schedule != "1f1b"):
@@ -118,6 +124,22 @@ class Layout:
             raise UserError(f"schedule {self.schedule} folds two chunks on each stage: write pp{self.pp}x2:{self.schedule}")
 
         self._refuse_ignored_memory_modes()
+
+    def _refuse_ignored_pairs(self) -> None:
+        if self.ep == 1:
+            raise UserError("ep:async hides the way to experts on other ranks: it needs ep of 2 or more, got ep1")
+        if self.schedule not in PAIRING:
+            pp = max(2, self.pp)
+            raise UserError(
+                f"ep{self.ep}:async runs a forward and a backward as a pair, which {self.schedule} on pp{self.pp} does not have: write "
+                f"{' or '.join(f'pp{pp}x2:{name}' for name in PAIRING)}, or ep{self.ep}"
+            )
+        if self.zero == 3 or (self.parameter_dtype is not None and self.parameter_dtype != self.precision):
+            given = "zero3" if self.zero == 3 else f"params:{self.parameter_dtype}"
+            raise UserError(
+                f"ep{self.ep}:async with {given}: both passes of a pair would bring parameters through the same buffers: try "
+                f"{'zero1 or zero2' if self.zero == 3 else f'params:{self.precision}'}, or ep{self.ep}"
+            )
 
     def _refuse_ignored_memory_modes(self) -> None:
         if self.recompute_parts != ("core",) and self.recompute != "selective":

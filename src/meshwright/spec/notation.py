@@ -27,7 +27,7 @@ dpN[:zeroK[xG]]   data parallel; ZeRO stage K, sharded within groups of G
 tpN[:sp|:async]   tensor parallel; with sequence parallel; and its communication in pieces under the products
 ppN[xV][:NAME]    pipeline stages; V chunks a stage; schedule: {schedules}
 cpN[:ring|:ulysses|:ringAxulyssesB]   context parallel
-epN, etpN         expert parallel; tensor parallel inside an expert
+epN[:async], etpN  expert parallel; with its all-to-all under the other pass of a pair; tensor parallel inside an expert
 mbN               sequences in a micro-batch
 ac:MODE[:N]       activation recompute: {recomputes}, or a list such as core+norms of {parts}; of N layers a chunk
 {precisions}      precision that is computed in
@@ -79,7 +79,10 @@ def format_layout(layout: Layout) -> str:
         tokens.append(f"pp{layout.pp}{chunks}:{layout.schedule}")
     if layout.cp > 1:
         tokens.append(f"cp{layout.cp}:{_cp_mode(layout)}")
-    tokens += [f"{axis}{layout.degree(axis)}" for axis in ("ep", "etp") if layout.degree(axis) > 1]
+    if layout.ep > 1:
+        tokens.append(f"ep{layout.ep}" + (":async" if layout.async_ep else ""))
+    if layout.etp > 1:
+        tokens.append(f"etp{layout.etp}")
     tokens.append(f"mb{layout.micro_batch}")
     if layout.recompute != "none":
         mode = layout.recompute if layout.recompute_parts == ("core",) else "+".join(layout.recompute_parts)
@@ -146,6 +149,8 @@ def _read_mode(token: str, axis: str, mode: str) -> dict[str, Any]:
         return {"sp": True}
     if axis == "tp" and mode == "async":
         return {"sp": True, "async_tp": True}
+    if axis == "ep" and mode == "async":
+        return {"async_ep": True}
     if axis == "pp":
         return {"schedule": mode}
     if axis == "cp" and (mode in ("ring", "ulysses") or _NESTED.fullmatch(mode)):

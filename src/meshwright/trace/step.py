@@ -104,6 +104,11 @@ class TracedStep(Step):
             self._arrive(action.of(Kind.RECV_BACKWARD))
         self._replay(action)
 
+    def together(self, forward: Action, backward: Action) -> None:
+        """One after the other: what is recorded belongs to one of them, and the recorder follows one thread."""
+        self.forward(forward)
+        self.backward(backward)
+
     def backward_input(self, action: Action) -> None:
         if action.micro_batch in self.plan.run:
             super().backward_input(action)  # which calls `backward`

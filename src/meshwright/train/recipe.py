@@ -113,6 +113,10 @@ class Recipe(BaseModel):
         count = micro_batches(layout, self.workload)
         if self.schedule_csv is None:
             return layout_schedule(layout, count)
+        if layout.async_ep:
+            raise UserError(
+                f"schedule_csv {self.schedule_csv} with ep{layout.ep}:async: a table says nothing of pairs: leave :async out, or the table"
+            )
         return read_schedule(Path(self.schedule_csv), layout.pp, layout.chunks, count)
 
     def check(self) -> Model:

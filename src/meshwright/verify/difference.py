@@ -19,7 +19,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "cp": ("cp", "cp_ulysses"),
     "ep": ("ep", "etp"),
 }
-"""The fields of a layout that belong to an axis."""
+"""The fields of a layout that belong to an axis; `async_ep` belongs to two, pp and ep."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def wrong_axes(layout: Layout, fails: Callable[[Layout], bool]) -> tuple[str, ..
 def with_axes(layout: Layout, axes: Sequence[str]) -> Layout | None:
     """`layout` with the given axes alone; None where they cannot be without the others, as ep without ranks to borrow."""
     kept = {name for axis in axes for name in AXES[axis]}
-    dropped = {name: getattr(Layout(), name) for fields in AXES.values() for name in fields if name not in kept}
+    kept |= {"async_ep"} if {"pp", "ep"} <= set(axes) else set()
+    fields = {"async_ep", *(name for its in AXES.values() for name in its)}
+    dropped = {name: getattr(Layout(), name) for name in fields - kept}
     try:
         return replace(layout, **dropped)
     except UserError:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from meshwright.schedule.orders import check_micro_batches
 from meshwright.schedule.stages import even_counts
 from meshwright.spec.errors import UserError
-from meshwright.spec.layout import DENSE_AXES, RECOMPUTE_PARTS, SCHEDULES, Layout
+from meshwright.spec.layout import DENSE_AXES, PAIRING, RECOMPUTE_PARTS, SCHEDULES, Layout
 from meshwright.spec.legality import refuse_unbuilt
 from meshwright.spec.model import Model
 from meshwright.verify.shrink import shrink
@@ -65,6 +65,7 @@ MODES: dict[str, dict[str, Any]] = {
     "cp:ringxulysses": {"cp": 4, "cp_ulysses": 2},
     "cp:ulysses": {"cp": 2, "cp_ulysses": 2},
     "ep": {"dp": 2, "ep": 2},
+    "ep:async": {"dp": 2, "ep": 2, "async_ep": True, "pp": 2, "schedule": PAIRING[0], "chunks": 2},
     "etp": {"tp": 2, "etp": 2},
     **{f"ac:{part}": {"recompute": "selective", "recompute_parts": (part,)} for part in PARTS},
     "ac:full": {"recompute": "full"},
@@ -85,6 +86,8 @@ def modes(layout: Layout) -> frozenset[str]:
         out.add(f"zero{layout.zero}" + ("x" if layout.zero_shard else ""))
     if layout.sp:
         out.add("tp:async" if layout.async_tp else "tp:sp")
+    if layout.async_ep:
+        out.add("ep:async")
     if layout.pp > 1:
         out.add(f"pp:{layout.schedule}")
     if layout.stage_layers is not None:
@@ -216,12 +219,14 @@ def _draw(model: Model, generator: random.Random, ranks: int) -> Layout | None:
     chunks = _CHUNKS.get(schedule, 1)
     zero = pick((0, 0, 1, 2, 3))
     sp = fields["tp"] > 1 and pick((True, False))
+    ep = pick((1, 1, 2, 4))
     is_uneven = fields["pp"] > 1 and pick((True, False, False))
     try:
         layout = Layout(
             **fields,
             **_draw_memory_modes(generator, zero),
-            ep=pick((1, 1, 2, 4)),
+            ep=ep,
+            async_ep=ep > 1 and schedule in PAIRING and zero < 3 and pick((True, False)),
             etp=pick((1, 1, 1, 2)),
             sp=sp,
             async_tp=sp and pick((True, False)),

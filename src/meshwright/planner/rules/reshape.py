@@ -7,7 +7,7 @@ from itertools import product
 
 from meshwright.planner.space import divisors
 from meshwright.spec.errors import UserError
-from meshwright.spec.layout import Layout
+from meshwright.spec.layout import PAIRING, Layout
 
 
 def reshaped(layout: Layout, **changes: object) -> Layout | None:
@@ -19,6 +19,8 @@ def reshaped(layout: Layout, **changes: object) -> Layout | None:
         fields["sp"] = True
     if fields["pp"] == 1:
         fields |= {"chunks": 1, "schedule": "1f1b"}
+    if fields["ep"] == 1 or fields["schedule"] not in PAIRING or fields["zero"] == 3:
+        fields["async_ep"] = False
     if (fields["pp"], fields["chunks"]) != (layout.pp, layout.chunks) and "stage_layers" not in changes:
         fields["stage_layers"] = None
     if fields["cp"] != layout.cp and "cp_ulysses" not in changes:
