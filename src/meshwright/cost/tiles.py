@@ -1,7 +1,7 @@
 """Seconds of a matrix product from the tiles that it is cut into.
 
 A kernel computes the output in tiles, one a processor at a time, so that the last wave of tiles may leave processors idle (tile and
-wave quantisation: NVIDIA, "Matrix Multiplication Background User's Guide", section 2.2). The library picks the tile; so does this,
+wave quantisation: NVIDIA, "Matrix Multiplication Background User's Guide", section 3). The library picks the tile; so does this,
 and it may also cut the inner dimension ("split-K") when there are too few tiles, at the price of summing the parts.
 """
 

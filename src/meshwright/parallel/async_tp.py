@@ -2,7 +2,7 @@
 
 With `tp4:sp` a column-parallel linear waits for an all-gather of its input, and a row-parallel one for a reduce-scatter of its
 output. Here both go round a ring, one rank's tokens a hop (Wang et al. 2023, "Overlap communication with dependent computation
-via decomposition", ASPLOS, section 5; PyTorch calls it async tensor parallel, Megatron `tp_comm_overlap`):
+via decomposition in large deep learning models", ASPLOS; PyTorch calls it async tensor parallel, Megatron `tp_comm_overlap`):
 
     gather and multiply     pass on the tokens that are here, multiply them, wait for the next ones
     multiply and scatter    multiply the tokens of the rank that is farthest ahead, add what came from behind, pass it on; the last

@@ -5,7 +5,7 @@ computes meanwhile: the optimizer reads the state of the next bucket while it st
 (`DataParallel.states`), and a unit's parameters are read while the units before it compute (`parallel/units.py`).
 
 The state travels to the optimizer, and not the gradients to an optimizer on the host (Ren et al. 2021, ZeRO-Offload, arXiv
-2101.06840, section 4). That moves 24 bytes a parameter instead of 6 to 8, half of them in each direction. But the arithmetic stays on
+2101.06840, section 3). That moves 24 bytes a parameter instead of 6 to 8, half of them in each direction. But the arithmetic stays on
 the device, so a run with offload equals one without to the bit, the ranks of a node do not share its cores for it, and files are
 served alike: Rajbhandari et al. 2021, ZeRO-Infinity, arXiv 2104.07857, section 5, stream it so from NVMe.
 

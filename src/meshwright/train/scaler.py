@@ -1,4 +1,4 @@
-"""Dynamic loss scaling for fp16, whose smallest gradients would be rounded to zero (Micikevicius et al. 2018, arXiv
+"""Dynamic loss scaling for fp16, whose smallest gradients would be rounded to zero (Micikevicius et al. 2017, arXiv
 1710.03740, section 3.2).
 
 The decision rests on the squared gradient norm, which is summed over all ranks: an overflow on one of them makes it infinite or

@@ -108,19 +108,19 @@ RULES = (
     Rule(
         "pipeline without data parallel",
         "one pipeline for the whole batch",
-        "Narayanan et al. 2021, arXiv 2104.04473, section 3.3: bubble (p-1)/m falls with more data parallel for the same ranks",
+        "Narayanan et al. 2021, arXiv 2104.04473, section 3.3.1: bubble (p-1)/m falls with more data parallel for the same ranks",
         pipeline_alone,
     ),
     Rule(
         "model too small to split",
         "tensor, pipeline or context parallel where data parallel alone fits and is quicker",
-        "Hugging Face, The Ultra-Scale Playbook: ZeRO and data parallel first while the model fits",
+        "Hugging Face, The Ultra-Scale Playbook, step 1: for a small model one way of splitting is enough",
         needless_split,
     ),
     Rule(
         "layers not divisible",
         "pipeline chunks of unequal depth",
-        "Narayanan et al. 2021, arXiv 2104.04473, section 2.2: stages of equal work",
+        "Narayanan et al. 2021, arXiv 2104.04473, section 2.2: as many layers for every stage",
         uneven_layers,
     ),
 )

@@ -126,7 +126,7 @@ RULES = (
     Rule(
         "tensor parallel without sequence parallel",
         "norm regions whole on every tensor-parallel rank",
-        "Korthikanti et al. 2022, arXiv 2205.05198, section 4.2: the same bytes sent, 1/t of the activations",
+        "Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2: the same bytes sent, 1/t of the activations",
         whole_norms,
     ),
     Rule(
@@ -138,13 +138,13 @@ RULES = (
     Rule(
         "micro-batch too small for its products",
         f"products of a layer that a larger micro-batch makes {GAIN:.0%} quicker for the same tokens",
-        "NVIDIA, Matrix Multiplication Background User's Guide, section 2.2: tiles and waves",
+        "NVIDIA, Matrix Multiplication Background User's Guide, section 3: tiles and waves",
         small_products,
     ),
     Rule(
         "vocabulary not divisible",
         "a vocabulary that tp does not divide",
-        "Megatron-LM --make-vocab-size-divisible-by; NVIDIA, Matrix Multiplication Background User's Guide",
+        "Megatron-LM --make-vocab-size-divisible-by; NVIDIA, Matrix Multiplication Background User's Guide, section 2.2: aligned sizes",
         uneven_vocabulary,
     ),
 )
