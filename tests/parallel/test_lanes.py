@@ -11,8 +11,11 @@ import torch
 from fixtures import GPT_OSS, WORKLOAD
 
 from meshwright.parallel.lanes import Lanes
+from meshwright.spec.errors import UserError
 from meshwright.spec.notation import parse_layout
 from meshwright.testing import run_distributed
+from meshwright.train.recipe import Recipe
+from meshwright.verify.difference import wrong_axes
 
 CPU = torch.device("cpu")
 
@@ -61,7 +64,13 @@ def test_an_error_of_either_pass_is_raised(wrong: str) -> None:
         )
 
 
-@pytest.mark.parametrize("layout", ["dp2 pp2x2:dualpipe-v ep2{} mb1", "tp2:sp pp2x2:dualpipe-v ep2{} mb1 ac:norms"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "dp2 pp2x2:dualpipe-v ep2{} mb1",
+        pytest.param("tp2:sp pp2x2:dualpipe-v ep2{} mb1 ac:norms", marks=pytest.mark.parity),
+    ],
+)
 def test_pairs_compute_bit_by_bit_what_their_passes_do_one_by_one(layout: str) -> None:
     """Although every rank takes a different time over each of its collectives, so that no two issue them in the same order."""
     plain, hidden = (parse_layout(layout.format(mode) + " fp64") for mode in ("", ":async"))
@@ -75,6 +84,18 @@ def test_pairs_compute_bit_by_bit_what_their_passes_do_one_by_one(layout: str) -
         assert other.at_once == 0
     orders = {rank.order for rank in found}
     assert len(orders) > 1, "all ranks issued their collectives in the same order, so nothing was tried"
+
+
+def test_a_table_of_ones_own_says_nothing_of_pairs() -> None:
+    recipe = Recipe(layout="dp2 pp2x2:dualpipe-v ep2:async mb1", schedule_csv="mine.csv", seq=16, global_batch=8)
+    with pytest.raises(UserError, match=r"^schedule_csv mine.csv with ep2:async: .* leave :async out, or the table$"):
+        _ = recipe.schedule
+
+
+def test_what_goes_wrong_in_pairs_alone_is_blamed_on_pipeline_and_experts_together_with_the_ranks_they_borrow() -> None:
+    layout = parse_layout("dp4 tp2 pp2x2:dualpipe-v ep2:async mb1")
+    assert wrong_axes(layout, lambda part: part.async_ep) == ("dp x pp x ep", "tp x pp x ep")
+    assert wrong_axes(layout, lambda part: part.ep > 1) == ("dp x ep", "tp x ep")
 
 
 def test_lanes_share_no_communicator_with_each_other_or_with_reductions() -> None:
