@@ -215,6 +215,7 @@ def read_layout(row: Row, model: Model) -> Layout:
         micro_batch=_optional(row, "micro_batch") or 1,
         recompute=_recompute(row, cp),
         precision=_precision(row, cluster),
+        stage_layers=_stage_layers(model.layers, pp) if pp > 1 and chunks == 1 and _is_plain(row) else None,
     )
     if layout.world != gpus:
         raise UserError(f"tp {tp} x pp {pp} x cp {cp} x dp {dp} = {layout.world} ranks, but n_gpus is {gpus}")
@@ -225,6 +226,16 @@ def _schedule(text: str, pp: int, chunks: int) -> str:
     if pp > 1 and chunks > 1:
         return "interleaved"
     return "gpipe" if pp > 1 and "gpipe" in text.lower() else "1f1b"
+
+
+def _stage_layers(layers: int, stages: int) -> tuple[int, ...] | None:
+    """Of software that cuts a list of modules evenly, embedding, final norm and head among them, and gives what is left over to the
+    first stages."""
+    modules = layers + 3
+    counts = [modules // stages + (stage < modules % stages) for stage in range(stages)]
+    counts[0] -= 1
+    counts[-1] -= 2
+    return tuple(counts) if min(counts) > 0 else None
 
 
 def _sequence_parallel(row: Row) -> bool:
@@ -276,7 +287,7 @@ def _precision(row: Row, cluster: Cluster) -> Precision:
 def read_practice(row: Row, layout: Layout) -> Practice:
     flags = (row.get("other_flags") or "").lower()
     year = _optional(row, "year") or 2023
-    compiled = "xla" in flags or "jax" in flags or ("compile" in flags and "no compile" not in flags)
+    compiled = _is_compiled(row)
     zero = (row.get("zero_stage") or "").lower()
     return Practice(
         gathers_experts=True,
@@ -299,6 +310,11 @@ def read_practice(row: Row, layout: Layout) -> Practice:
         gradient_bytes=None if layout.zero == 3 and "pure" not in flags else 2,
         single_ring="deepspeed" in zero and year < 2023,
         compiled=compiled,
+        whole_gradients=_is_plain(row),
+        separate_columns=_is_plain(row),
+        keeps_gathered=_is_plain(row),
+        packed_qkv=_is_plain(row),
+        fragments=not compiled and year < 2024 and "fsdp" not in zero,
     )
 
 
@@ -309,14 +325,24 @@ def _products(row: Row) -> str | None:
     return "fp8" if "fp8" in said or "float8" in said else None
 
 
+def _is_compiled(row: Row) -> bool:
+    flags = (row.get("other_flags") or "").lower()
+    return "xla" in flags or "jax" in flags or ("compile" in flags and "no compile" not in flags)
+
+
 def _loss(row: Row, compiled: bool) -> Loss:
     """Fused in a compiler and under FSDP, whose trainers take a fused kernel. Megatron's for its own models (GPT, no gated MLP) and
     where one of its features is named: a schedule, a ZeRO stage, fp8. PyTorch's own for other models in code that names none."""
     zero = (row.get("zero_stage") or "").strip().lower()
     if compiled or "fsdp" in zero:
         return "fused"
-    named = (row.get("schedule") or "").strip() or zero or _products(row)
-    return "parallel" if named or (row.get("gated_mlp") or "").strip().lower() == "no" else "whole"
+    return "whole" if _is_plain(row) else "parallel"
+
+
+def _is_plain(row: Row) -> bool:
+    """Code of its own: no feature of Megatron, FSDP or a compiler is named, and the model is not Megatron's own (GPT, no gated MLP)."""
+    named = (row.get("schedule") or "").strip() or (row.get("zero_stage") or "").strip() or _products(row)
+    return not (named or _is_compiled(row) or (row.get("gated_mlp") or "").strip().lower() == "no")
 
 
 def _attention(text: str, year: int) -> Attention:
