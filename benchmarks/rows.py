@@ -314,6 +314,7 @@ def read_practice(row: Row, layout: Layout) -> Practice:
         separate_columns=_is_plain(row),
         keeps_gathered=_is_plain(row),
         packed_qkv=_is_plain(row),
+        waits=_is_plain(row),
         fragments=not compiled and year < 2024 and "fsdp" not in zero,
     )
 

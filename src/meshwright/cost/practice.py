@@ -53,6 +53,8 @@ class Practice:
     packed_qkv: bool = False
     """Queries, keys and values come out of one product, all of whose output stays as long as the values do: the queries and keys that
     rotary positions made are kept beside it, and the angles of each position."""
+    waits: bool = False
+    """In every layer's forward the host reads from the device (the lengths of packed documents), so that it starts no kernel ahead."""
     fragments: bool = False
     """Blocks that the allocator got back do not all fit what is kept next: PyTorch's, before its segments could grow (2.1)."""
     grouped_products: bool = True
