@@ -142,9 +142,11 @@ def test_whole_gradients_cross_the_wire_twice_and_wide() -> None:
 def test_narrower_gradients_are_reduced_in_fewer_bytes() -> None:
     layout = parse_layout("dp64 mb1")
     program = rank_program(MODEL, layout, Workload(SEQ, 64), Place())
-    narrow = with_gradients_of(program, layout, 2)
+    narrow = with_gradients_of(program, layout, Practice(gradient_bytes=2))
     assert [c.bytes for c in narrow.gradient_reductions] == [c.bytes // 2 for c in program.gradient_reductions]
-    assert with_gradients_of(program, layout, None) == program
+    assert with_gradients_of(program, layout, OWN) == program
+    # Five passes over gradients in the update, each of two bytes less.
+    assert program.optimizer.bytes - narrow.optimizer.bytes == sum(2 * (b.numel + 4 * b.owned) for b in program.buckets)
 
 
 def test_a_row_crosses_the_expert_parallel_ranks_once() -> None:

@@ -18,6 +18,8 @@ from meshwright.spec.precision import STATE_BYTES
 FRAGMENTED = 0.05
 """Of what is kept for backward: what an allocator that fragments takes beside it. Fitted on which runs of 13B on A100 ran out of
 memory."""
+GRADIENT_PASSES = 4
+"""Over the owned part of a gradient in the update (`program._optimizer`), beside the one over all of it."""
 SCORE_BYTES = {"fused-softmax": 2.5, "unfused": 3.0}
 """Kept for backward for every score, in units of the compute precision: what softmax gives, the dropout's mask and what it gives (arXiv
 2205.05198, section 4.1); where a kernel runs for each step, softmax in fp32 and in the compute precision."""
@@ -60,22 +62,29 @@ def as_practised(piece: Piece, practice: Practice, model: Model, layout: Layout,
     return _kept(out, practice, model, layout, tokens) if piece.name == "layer" else out
 
 
-def with_gradients_of(program: Program, layout: Layout, size: int | None) -> Program:
-    """`program` with gradients of `size` bytes an element on the wire; None: as the engine has them."""
+def with_gradients_of(program: Program, layout: Layout, practice: Practice) -> Program:
+    """`program` with gradients of the width that `practice` has, on the wire and in the update; summed whole, they cross the wire in the
+    engine's width."""
     own = STATE_BYTES[layout.precision].gradient
-    if size is None or size == own:
-        return program
+    size = practice.gradient_bytes or own
+    sums = program.gradient_reductions
+    if practice.whole_gradients and layout.zero < 2:
+        sums = tuple(replace(c, op="all_reduce") if c.op == "reduce_scatter" else c for c in sums)
+    elif size != own:
+        sums = _resized(sums, size, own)
+    if size == own:
+        return replace(program, gradient_reductions=sums)
+    saved = (own - size) * sum(b.numel + GRADIENT_PASSES * b.owned for b in program.buckets)
+    return replace(
+        program,
+        gradient_reductions=sums,
+        scatters=_resized(program.scatters, size, own),
+        optimizer=replace(program.optimizer, bytes=program.optimizer.bytes - saved),
+    )
 
-    def resized(calls: tuple[Collective, ...]) -> tuple[Collective, ...]:
-        return tuple(replace(c, bytes=c.bytes * size // own) for c in calls)
 
-    return replace(program, gradient_reductions=resized(program.gradient_reductions), scatters=resized(program.scatters))
-
-
-def with_whole_sums(program: Program) -> Program:
-    """`program` with its gradients summed whole, in the engine's width, where the engine scatters the sum."""
-    sums = tuple(replace(c, op="all_reduce") if c.op == "reduce_scatter" else c for c in program.gradient_reductions)
-    return replace(program, gradient_reductions=sums)
+def _resized(calls: tuple[Collective, ...], size: int, own: int) -> tuple[Collective, ...]:
+    return tuple(replace(c, bytes=c.bytes * size // own) for c in calls)
 
 
 def with_buckets_of(program: Program, size: int | None) -> Program:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from meshwright.cost.adapt import as_practised, is_recomputed, with_buckets_of, with_gradients_of, with_whole_sums
+from meshwright.cost.adapt import as_practised, is_recomputed, with_buckets_of, with_gradients_of
 from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
 from meshwright.cost.gradients import STEADY, gradient_buffer_bytes
@@ -284,9 +284,9 @@ class Estimator:
     def reduced_program(self, layout: Layout, place: Place) -> Program:
         """The program of a rank, its gradients reduced in the widths and buckets of the practice."""
         program = rank_program(self.model, layout, self.workload, place)
-        whole = self.practice.whole_gradients and layout.zero < 2
-        sized = with_whole_sums(program) if whole else with_gradients_of(program, layout, self.practice.gradient_bytes)
-        return with_buckets_of(sized, self.practice.bucket_bytes)
+        if self.practice == OWN:
+            return program
+        return with_buckets_of(with_gradients_of(program, layout, self.practice), self.practice.bucket_bytes)
 
     def _practised(self, pieces: Pieces, layout: Layout) -> Pieces:
         if self.practice == OWN:
