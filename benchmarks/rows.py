@@ -33,6 +33,9 @@ NAMED_NICS = {"xdr": 800, "ndr": 400, "hdr": 200, "edr": 100}
 """Gbit/s of a port, by InfiniBand generation."""
 TRAY, RACK = 4, 72
 """Accelerators of a node and of a scale-up domain of the NVL72 racks (gb200, gb300)."""
+SOFTMAX_MAPS = 4
+"""Megatron's fused softmax takes so many attention maps at a time, and is not used for a number that this does not divide
+(megatron/model/fused_softmax.py, is_kernel_available)."""
 DEFAULT_NODE = 8
 DEFAULT_VOCAB = {True: 32_000, False: 51_200}
 """Of models with a gated MLP (Llama's tokeniser) and without (GPT-2's, padded), where neither column nor notes give it."""
@@ -152,6 +155,7 @@ def read_model(row: Row) -> Model:
         max_positions=max(_integer(row, "seq_len"), 2048),
         norm="rmsnorm" if is_gated else "layernorm",
         gated=is_gated,
+        rope=is_gated or not _writes_scores(row),
         experts=experts,
         moe_layers=tuple(range(layers)) if experts else (),
     )
@@ -287,24 +291,21 @@ def _precision(row: Row, cluster: Cluster) -> Precision:
 def read_practice(row: Row, layout: Layout) -> Practice:
     flags = (row.get("other_flags") or "").lower()
     year = _optional(row, "year") or 2023
-    compiled = _is_compiled(row)
+    compiled, attention = _is_compiled(row), _attention(row, layout)
+    is_recent = year > 2023 and not _writes_scores(row)
     zero = (row.get("zero_stage") or "").lower()
     return Practice(
         gathers_experts=True,
         loss=_loss(row, compiled),
-        attention=_attention(row.get("attention_kernel") or "", year),
+        attention=attention,
         fused_norms=compiled or "norm kernel" in flags or (row.get("gated_mlp") or "") != "yes" or year > 2023,
         products=_products(row),
         overlaps_tensor=(not flags and year > 2024)
         or "async tp" in flags
         or ("tp_comm_overlap" in flags and "no tp_comm_overlap" not in flags),
         overlaps_dx="distributed" in zero or _products(row) is not None or "tp_comm" in flags,
-        overlaps_gradients="grad/param" in flags
-        or "overlap" in flags
-        or "fsdp" in zero
-        or "deepspeed" in zero
-        or year > 2023,
-        overlaps_gathers="grad/param" in flags or "overlap" in flags or year > 2023,
+        overlaps_gradients="overlap" in flags or "fsdp" in zero or "deepspeed" in zero or is_recent,
+        overlaps_gathers="overlap" in flags or is_recent,
         whole_recompute=True,
         frozen="lora" in (row.get("workload") or "").lower(),
         gradient_bytes=None if layout.zero == 3 and "pure" not in flags else 2,
@@ -317,6 +318,13 @@ def read_practice(row: Row, layout: Layout) -> Practice:
         waits=_is_plain(row),
         fragments=not compiled and year < 2024 and "fsdp" not in zero,
     )
+
+
+def _writes_scores(row: Row) -> bool:
+    """Whether attention is as software of before 2023 has it, whatever year the row is of; that also learns positions (GPT) and hides
+    no communication unasked."""
+    said = (row.get("attention_kernel") or "").lower()
+    return "unfused" in said or (not said and (_optional(row, "year") or 2023) < 2023)
 
 
 def _products(row: Row) -> str | None:
@@ -346,11 +354,12 @@ def _is_plain(row: Row) -> bool:
     return not (named or _is_compiled(row) or (row.get("gated_mlp") or "").strip().lower() == "no")
 
 
-def _attention(text: str, year: int) -> Attention:
+def _attention(row: Row, layout: Layout) -> Attention:
     """Blank: flash from 2023 on, fused softmax before; no version: the first of FlashAttention until 2023, the vendor's after."""
-    lower = text.lower()
+    lower, year = (row.get("attention_kernel") or "").lower(), _optional(row, "year") or 2023
     if "unfused" in lower:
-        return "fused-softmax" if "softmax" in lower else "unfused"
+        maps = layout.micro_batch * (_optional(row, "heads") or 0) // layout.tp
+        return "fused-softmax" if "softmax" in lower and maps % SOFTMAX_MAPS == 0 else "unfused"
     if "flash" in lower or "fused" in lower or "fa" in lower:
         version = re.search(r"(?:flash-attention|flashattention|fa|flash)\s*-?\s*([1-9])", lower)
         if version:
