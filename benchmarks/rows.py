@@ -33,6 +33,9 @@ NAMED_NICS = {"xdr": 800, "ndr": 400, "hdr": 200, "edr": 100}
 """Gbit/s of a port, by InfiniBand generation."""
 TRAY, RACK = 4, 72
 """Accelerators of a node and of a scale-up domain of the NVL72 racks (gb200, gb300)."""
+SOFTMAX_MAPS = 4
+"""Megatron's fused softmax takes so many attention maps at a time, and is not used for a number that this does not divide
+(megatron/model/fused_softmax.py, is_kernel_available)."""
 DEFAULT_NODE = 8
 DEFAULT_VOCAB = {True: 32_000, False: 51_200}
 """Of models with a gated MLP (Llama's tokeniser) and without (GPT-2's, padded), where neither column nor notes give it."""
@@ -152,6 +155,7 @@ def read_model(row: Row) -> Model:
         max_positions=max(_integer(row, "seq_len"), 2048),
         norm="rmsnorm" if is_gated else "layernorm",
         gated=is_gated,
+        rope=is_gated or not _writes_scores(row),
         experts=experts,
         moe_layers=tuple(range(layers)) if experts else (),
     )
@@ -215,6 +219,7 @@ def read_layout(row: Row, model: Model) -> Layout:
         micro_batch=_optional(row, "micro_batch") or 1,
         recompute=_recompute(row, cp),
         precision=_precision(row, cluster),
+        stage_layers=_stage_layers(model.layers, pp) if pp > 1 and chunks == 1 and _is_plain(row) else None,
     )
     if layout.world != gpus:
         raise UserError(f"tp {tp} x pp {pp} x cp {cp} x dp {dp} = {layout.world} ranks, but n_gpus is {gpus}")
@@ -225,6 +230,16 @@ def _schedule(text: str, pp: int, chunks: int) -> str:
     if pp > 1 and chunks > 1:
         return "interleaved"
     return "gpipe" if pp > 1 and "gpipe" in text.lower() else "1f1b"
+
+
+def _stage_layers(layers: int, stages: int) -> tuple[int, ...] | None:
+    """Of software that cuts a list of modules evenly, embedding, final norm and head among them, and gives what is left over to the
+    first stages."""
+    modules = layers + 3
+    counts = [modules // stages + (stage < modules % stages) for stage in range(stages)]
+    counts[0] -= 1
+    counts[-1] -= 2
+    return tuple(counts) if min(counts) > 0 else None
 
 
 def _sequence_parallel(row: Row) -> bool:
@@ -276,30 +291,40 @@ def _precision(row: Row, cluster: Cluster) -> Precision:
 def read_practice(row: Row, layout: Layout) -> Practice:
     flags = (row.get("other_flags") or "").lower()
     year = _optional(row, "year") or 2023
-    compiled = "xla" in flags or "jax" in flags or ("compile" in flags and "no compile" not in flags)
+    compiled, attention = _is_compiled(row), _attention(row, layout)
+    is_recent = year > 2023 and not _writes_scores(row)
     zero = (row.get("zero_stage") or "").lower()
     return Practice(
         gathers_experts=True,
         loss=_loss(row, compiled),
-        attention=_attention(row.get("attention_kernel") or "", year),
+        attention=attention,
         fused_norms=compiled or "norm kernel" in flags or (row.get("gated_mlp") or "") != "yes" or year > 2023,
         products=_products(row),
         overlaps_tensor=(not flags and year > 2024)
         or "async tp" in flags
         or ("tp_comm_overlap" in flags and "no tp_comm_overlap" not in flags),
         overlaps_dx="distributed" in zero or _products(row) is not None or "tp_comm" in flags,
-        overlaps_gradients="grad/param" in flags
-        or "overlap" in flags
-        or "fsdp" in zero
-        or "deepspeed" in zero
-        or year > 2023,
-        overlaps_gathers="grad/param" in flags or "overlap" in flags or year > 2023,
+        overlaps_gradients="overlap" in flags or "fsdp" in zero or "deepspeed" in zero or is_recent,
+        overlaps_gathers="overlap" in flags or is_recent,
         whole_recompute=True,
         frozen="lora" in (row.get("workload") or "").lower(),
         gradient_bytes=None if layout.zero == 3 and "pure" not in flags else 2,
         single_ring="deepspeed" in zero and year < 2023,
         compiled=compiled,
+        whole_gradients=_is_plain(row),
+        separate_columns=_is_plain(row),
+        keeps_gathered=_is_plain(row),
+        packed_qkv=_is_plain(row),
+        waits=_is_plain(row),
+        fragments=not compiled and year < 2024 and "fsdp" not in zero,
     )
+
+
+def _writes_scores(row: Row) -> bool:
+    """Whether attention is as software of before 2023 has it, whatever year the row is of; that also learns positions (GPT) and hides
+    no communication unasked."""
+    said = (row.get("attention_kernel") or "").lower()
+    return "unfused" in said or (not said and (_optional(row, "year") or 2023) < 2023)
 
 
 def _products(row: Row) -> str | None:
@@ -309,21 +334,32 @@ def _products(row: Row) -> str | None:
     return "fp8" if "fp8" in said or "float8" in said else None
 
 
+def _is_compiled(row: Row) -> bool:
+    flags = (row.get("other_flags") or "").lower()
+    return "xla" in flags or "jax" in flags or ("compile" in flags and "no compile" not in flags)
+
+
 def _loss(row: Row, compiled: bool) -> Loss:
     """Fused in a compiler and under FSDP, whose trainers take a fused kernel. Megatron's for its own models (GPT, no gated MLP) and
     where one of its features is named: a schedule, a ZeRO stage, fp8. PyTorch's own for other models in code that names none."""
     zero = (row.get("zero_stage") or "").strip().lower()
     if compiled or "fsdp" in zero:
         return "fused"
-    named = (row.get("schedule") or "").strip() or zero or _products(row)
-    return "parallel" if named or (row.get("gated_mlp") or "").strip().lower() == "no" else "whole"
+    return "whole" if _is_plain(row) else "parallel"
 
 
-def _attention(text: str, year: int) -> Attention:
+def _is_plain(row: Row) -> bool:
+    """Code of its own: no feature of Megatron, FSDP or a compiler is named, and the model is not Megatron's own (GPT, no gated MLP)."""
+    named = (row.get("schedule") or "").strip() or (row.get("zero_stage") or "").strip() or _products(row)
+    return not (named or _is_compiled(row) or (row.get("gated_mlp") or "").strip().lower() == "no")
+
+
+def _attention(row: Row, layout: Layout) -> Attention:
     """Blank: flash from 2023 on, fused softmax before; no version: the first of FlashAttention until 2023, the vendor's after."""
-    lower = text.lower()
+    lower, year = (row.get("attention_kernel") or "").lower(), _optional(row, "year") or 2023
     if "unfused" in lower:
-        return "fused-softmax" if "softmax" in lower else "unfused"
+        maps = layout.micro_batch * (_optional(row, "heads") or 0) // layout.tp
+        return "fused-softmax" if "softmax" in lower and maps % SOFTMAX_MAPS == 0 else "unfused"
     if "flash" in lower or "fused" in lower or "fa" in lower:
         version = re.search(r"(?:flash-attention|flashattention|fa|flash)\s*-?\s*([1-9])", lower)
         if version:

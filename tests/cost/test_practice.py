@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cost.adapt import LOSS_BYTES, as_practised, is_recomputed, with_buckets_of, with_gradients_of
+from meshwright.cost.adapt import (
+    FRAGMENTED,
+    GATHERED_BYTES,
+    LOSS_BYTES,
+    as_practised,
+    is_recomputed,
+    with_buckets_of,
+    with_gradients_of,
+)
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.kernels import Kernels
 from meshwright.cost.ops import Collective, Elementwise, Gemm, Piece, Under
@@ -75,7 +83,10 @@ def test_the_loss_decides_what_logits_take(loss: str) -> None:
     layout = parse_layout("tp8 mb1")
     piece = head(layout, Practice(loss=loss))  # type: ignore[arg-type]
     ranks = 1 if loss == "whole" else 8
-    assert piece.working_bytes == LOSS_BYTES[loss] * SEQ * MODEL.vocab // ranks
+    gathered = GATHERED_BYTES if loss == "whole" else 0
+    assert piece.working_bytes == (LOSS_BYTES[loss] + gathered) * SEQ * MODEL.vocab // ranks
+    alone = parse_layout("mb1")
+    assert head(alone, Practice(loss=loss)).working_bytes == LOSS_BYTES[loss] * SEQ * MODEL.vocab  # type: ignore[arg-type]
     gathers = [op for op in piece.forward if isinstance(op, Collective) and op.op == "all_gather"]
     assert [op.bytes for op in gathers] == ([SEQ * MODEL.vocab * 2] if loss == "whole" else [])
 
@@ -86,17 +97,57 @@ def test_kernels_that_write_scores_keep_them() -> None:
     flash, softmax, unfused = (
         layer(layout, Practice(attention=a)).saved_bytes for a in ("flash", "fused-softmax", "unfused")
     )  # type: ignore[arg-type]
-    assert (softmax - flash, unfused - flash) == (2 * scores, 6 * scores)
+    assert (softmax - flash, unfused - flash) == (5 * scores, 6 * scores)
     again = layer(parse_layout("tp4 mb2 ac:selective"), Practice(attention="unfused")).saved_bytes
     assert again <= flash
+
+
+def test_code_of_its_own_keeps_what_megatron_does_not() -> None:
+    layout = parse_layout("tp4:sp mb2")
+    tokens, own = 2 * SEQ, layer(layout, OWN).saved_bytes
+
+    def kept(practice: Practice) -> int:
+        piece = layer_piece(MODEL, layout, SEQ, None)
+        return as_practised(piece, practice, MODEL, layout, tokens).saved_bytes - own
+
+    assert kept(Practice(keeps_gathered=True)) == 2 * tokens * MODEL.hidden * 2 * 3 // 4
+    rotated = tokens * (MODEL.heads + MODEL.kv_heads) * MODEL.head_dim * 2 // 4
+    assert kept(Practice(packed_qkv=True)) == rotated + tokens * 4 * MODEL.head_dim * 2
+    assert kept(Practice(fragments=True)) == int(FRAGMENTED * own)
+
+
+def test_code_of_its_own_sums_more_often() -> None:
+    def backward(layout: Layout, practice: Practice, op: str) -> int:
+        calls = [o.calls for o in layer(layout, practice).backward if isinstance(o, Under) and o.collective.op == op]
+        return sum(calls)
+
+    plain, cut = parse_layout("tp4 mb1"), parse_layout("tp4:sp mb1")
+    apart = Practice(separate_columns=True)
+    assert (backward(plain, Practice(), "all_reduce"), backward(plain, apart, "all_reduce")) == (2, 3)
+    gathered = Practice(keeps_gathered=True)
+    assert (backward(cut, Practice(), "all_gather"), backward(cut, gathered, "all_gather")) == (2, 0)
+    assert sorted(names(layer(cut, gathered))) == sorted(names(layer(cut, OWN)))
+
+
+def test_whole_gradients_cross_the_wire_twice_and_wide() -> None:
+    layout = parse_layout("dp8:zero1 mb1")
+    own, whole = (
+        Estimator(MODEL, H100, Workload(SEQ, 64), practice).reduced_program(layout, Place()).gradient_reductions
+        for practice in (Practice(gradient_bytes=2), Practice(gradient_bytes=2, whole_gradients=True))
+    )
+    assert {c.op for c in own} == {"reduce_scatter"}
+    assert {c.op for c in whole} == {"all_reduce"}
+    assert sum(c.bytes for c in whole) == 2 * sum(c.bytes for c in own)
 
 
 def test_narrower_gradients_are_reduced_in_fewer_bytes() -> None:
     layout = parse_layout("dp64 mb1")
     program = rank_program(MODEL, layout, Workload(SEQ, 64), Place())
-    narrow = with_gradients_of(program, layout, 2)
+    narrow = with_gradients_of(program, layout, Practice(gradient_bytes=2))
     assert [c.bytes for c in narrow.gradient_reductions] == [c.bytes // 2 for c in program.gradient_reductions]
-    assert with_gradients_of(program, layout, None) == program
+    assert with_gradients_of(program, layout, OWN) == program
+    # Five passes over gradients in the update, each of two bytes less.
+    assert program.optimizer.bytes - narrow.optimizer.bytes == sum(2 * (b.numel + 4 * b.owned) for b in program.buckets)
 
 
 def test_a_row_crosses_the_expert_parallel_ranks_once() -> None:

@@ -77,6 +77,17 @@ def test_columns_say_how_it_is_split(changes: dict[str, str], said: str) -> None
     assert str(read_run(ROW | changes).layout) == said
 
 
+def test_code_that_names_no_framework_cuts_modules_not_layers() -> None:
+    plain = ROW | {"zero_stage": "", "other_flags": "", "vpp": "", "year": "2023", "cp": "1", "pp": "4", "n_gpus": "32"}
+    run = read_run(plain)
+    # 80 layers, embedding, norm and head: 83 modules over four stages.
+    assert run.layout.stage_layers == (20, 21, 21, 18)
+    assert (run.practice.loss, run.practice.whole_gradients, run.practice.fragments) == ("whole", True, True)
+    assert read_run(plain | {"schedule": "1F1B"}).layout.stage_layers is None
+    # With as many stages as that, the last would hold no layer at all.
+    assert read_run(plain | {"layers": "30", "pp": "16", "n_gpus": "128", "params_b": ""}).layout.stage_layers is None
+
+
 @pytest.mark.parametrize(
     ("gpu", "name"),
     [

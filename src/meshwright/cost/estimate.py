@@ -290,8 +290,9 @@ class Estimator:
     def reduced_program(self, layout: Layout, place: Place) -> Program:
         """The program of a rank, its gradients reduced in the widths and buckets of the practice."""
         program = rank_program(self.model, layout, self.workload, place)
-        sized = with_gradients_of(program, layout, self.practice.gradient_bytes)
-        return with_buckets_of(sized, self.practice.bucket_bytes)
+        if self.practice == OWN:
+            return program
+        return with_buckets_of(with_gradients_of(program, layout, self.practice), self.practice.bucket_bytes)
 
     def _practised(self, pieces: Pieces, layout: Layout) -> Pieces:
         if self.practice == OWN:
@@ -410,7 +411,9 @@ class Estimator:
         key = (id(piece), shared)
         if key not in self._seconds:
             host = [self._host_seconds(piece, ops, kernels) for ops in (piece.forward, piece.backward)]
-            forward, backward = self._run(piece.forward, kernels, host[0]), self._run(piece.backward, kernels, host[1])
+            waited = kernels.waited_seconds(piece.forward) if piece.name == "layer" else 0.0
+            forward = self._run(piece.forward, kernels, host[0], waited)
+            backward = self._run(piece.backward, kernels, host[1], waited if is_recomputed(piece) else 0.0)
             # The piece is kept beside its price, so that its id is not used again.
             self._seconds[key] = (
                 piece,
@@ -429,10 +432,11 @@ class Estimator:
         # Bounds add up parts of a layer: what one part waits for the host, another may compute.
         return 0.0 if piece.name == PART else kernels.host_seconds(ops, is_recomputed(piece))
 
-    def _run(self, ops: tuple[Op, ...], kernels: Kernels, host: float) -> tuple[float, float]:
+    def _run(self, ops: tuple[Op, ...], kernels: Kernels, host: float, waited: float) -> tuple[float, float]:
         """(seconds of computation, seconds of exposed communication) of `ops` in order. `host`: seconds of starting them.
 
-        The host launches kernels while earlier ones run: where all of them take less than the launches, those are what lasts.
+        The host launches kernels while earlier ones run: where all of them take less than the launches, those are what lasts. Where
+        it waits for the device, `waited` seconds of that come on top of what the kernels take.
         """
         compute = exposed = 0.0
         for op in ops:
@@ -448,7 +452,7 @@ class Estimator:
                 work = self._work(op, kernels)
                 compute += work
                 exposed += self._exposed(op, work)
-        return max(compute, host - exposed), exposed
+        return max(compute + waited, host - exposed), exposed
 
     def _exposed_in_line(self, op: Collective) -> float:
         """Seconds of a collective between two products, of which all but a part can run in pieces beside them."""

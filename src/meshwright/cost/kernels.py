@@ -140,6 +140,10 @@ class Kernels:
         checkpoint = self.constants.checkpoint if recomputed and self.practice.whole_recompute else 0.0
         return checkpoint + self.constants.dispatch * sum(self._launches(op) for op in ops)
 
+    def waited_seconds(self, ops: Sequence[Op]) -> float:
+        """What starting `ops` takes where the host reads from the device among them, and starts none ahead."""
+        return self.host_seconds(ops, False) if self.practice.waits else 0.0
+
     @cached_property
     def _gap(self) -> float:
         return self.constants.gap if self._hosted else 0.0

@@ -44,6 +44,19 @@ class Practice:
     """Of an element of a gradient, kept and on the wire. None: the engine's own (fp32 where computation is narrower)."""
     bucket_bytes: int | None = None
     """Of a bucket of gradients on the wire. None: the engine's own, which grow with the data-parallel group."""
+    whole_gradients: bool = False
+    """ZeRO-1's gradients are summed whole, and in fp32, on every rank that shares the state, instead of being scattered over them."""
+    separate_columns: bool = False
+    """Gate and up are two linears, each of which sums its own dx over the tensor-parallel ranks."""
+    keeps_gathered: bool = False
+    """What sequence parallel gathers for linears is kept for backward, not gathered again."""
+    packed_qkv: bool = False
+    """Queries, keys and values come out of one product, all of whose output stays as long as the values do: the queries and keys that
+    rotary positions made are kept beside it, and the angles of each position."""
+    waits: bool = False
+    """In every layer's forward the host reads from the device (the lengths of packed documents), so that it starts no kernel ahead."""
+    fragments: bool = False
+    """Blocks that the allocator got back do not all fit what is kept next: PyTorch's, before its segments could grow (2.1)."""
     grouped_products: bool = True
     """One kernel for the products of all experts of a rank, not one for each expert."""
     gathers_experts: bool = False
