@@ -181,6 +181,18 @@ def test_buckets_of_another_size_carry_the_same_bytes() -> None:
 # --- kernels
 
 
+def test_a_host_that_waits_comes_on_top_of_the_kernels() -> None:
+    # One stage, so that a step is one micro-batch after the other; full recompute runs the forward, and waits, once more.
+    work, layers = Workload(SEQ, 8), MODEL.layers
+    for text, forwards in (("mb8", 1), ("mb8 ac:full", 2)):
+        layout = parse_layout(text)
+        ahead, waits = (Estimator(MODEL, H100, work, Practice(whole_recompute=True, waits=w)) for w in (False, True))
+        forward = layer(layout, ahead.practice).forward
+        host = ahead.kernels(layout, shared=False).host_seconds(forward, False)
+        more = waits.played(layout).step_time_s - ahead.played(layout).step_time_s
+        assert more == pytest.approx(forwards * layers * host, rel=1e-6)
+
+
 def test_experts_one_by_one_cost_a_product_each() -> None:
     grouped, looped = Kernels(H100, "bf16", 1), Kernels(H100, "bf16", 1, Practice(grouped_products=False))
     product = Gemm("moe.experts.up", 8192, 4096, 4096, 8)

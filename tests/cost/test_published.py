@@ -88,6 +88,20 @@ def test_code_that_names_no_framework_cuts_modules_not_layers() -> None:
     assert read_run(plain | {"layers": "30", "pp": "16", "n_gpus": "128", "params_b": ""}).layout.stage_layers is None
 
 
+def test_attention_tells_how_old_the_software_is() -> None:
+    old = ROW | {"attention_kernel": "unfused (fused softmax)", "gated_mlp": "no", "ffn_hidden": "", "other_flags": ""}
+    run = read_run(old)
+    assert (run.practice.attention, run.model.rope) == ("fused-softmax", False)
+    assert not run.practice.overlaps_gradients
+    assert not run.practice.overlaps_gathers
+    assert read_run(old | {"attention_kernel": "flash"}).practice.overlaps_gradients
+    assert read_run(old | {"attention_kernel": "flash"}).model.rope
+    # 64 heads over 32 ranks are two maps for each, of which the fused softmax takes four at a time.
+    few = old | {"tp": "32", "kv_heads": "64", "n_gpus": "512"}
+    assert read_run(few).practice.attention == "unfused"
+    assert read_run(few | {"micro_batch": "2"}).practice.attention == "fused-softmax"
+
+
 @pytest.mark.parametrize(
     ("gpu", "name"),
     [
