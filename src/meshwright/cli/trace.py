@@ -22,7 +22,20 @@ def trace(
     plot: Annotated[
         str | None, typer.Option("--plot", help="Draw the fullest stage's memory through the step to this PNG or SVG.")
     ] = None,
-    chrome: Annotated[str | None, typer.Option("--chrome", help="Write events for Perfetto or chrome://tracing.")] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", help="Price events on this cluster, and hold the peak against its accelerator's memory."),
+    ] = None,
+    chrome: Annotated[
+        str | None,
+        typer.Option(
+            "--chrome", help="Write events for Perfetto; their times are seconds with --cluster, else their order."
+        ),
+    ] = None,
+    chakra: Annotated[
+        str | None,
+        typer.Option("--chakra", help="Write Chakra execution traces, one a rank, and their groups into this directory."),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Dry-run the real engine at any scale in one process: memory, products and communication of one step."""
@@ -30,25 +43,36 @@ def trace(
 
     from meshwright.api import trace as run
     from meshwright.report.trace import trace_report
+    from meshwright.spec.catalogue import load_cluster
+    from meshwright.spec.huggingface import load_model
     from meshwright.spec.notation import parse_layout
+    from meshwright.trace.seconds import Prices
+    from meshwright.trace.timeline import in_order, in_seconds
 
     if (rank is not None) + (stage is not None) + all_stages > 1:
         raise UserError("trace takes one of --rank, --stage and --all-stages")
-    parsed = parse_layout(layout)
-    stages = list(range(parsed.pp)) if all_stages else None if stage is None else [stage]
+    parsed, known = parse_layout(layout), load_model(model)
+    every = all_stages or (chakra is not None and rank is None and stage is None)
+    stages = list(range(parsed.pp)) if every else None if stage is None else [stage]
     ranks = None if rank is None else [rank]
     traced = run(
-        model=model, layout=parsed, gpus=gpus, seq=seq, global_batch=global_batch, ranks=ranks, stages=stages, progress=say
+        model=known, layout=parsed, gpus=gpus, seq=seq, global_batch=global_batch, ranks=ranks, stages=stages, progress=say
     )
+    prices = None if cluster is None else Prices(traced, known, load_cluster(cluster))
     if json:
-        print_json(traced.as_dict())
+        print_json(traced.as_dict() | ({} if prices is None else prices.as_dict()))
     else:
-        show(trace_report(traced))
+        show(trace_report(traced, prices))
     if plot:
         from meshwright.report.memory_plot import plot_memory
 
         plot_memory(traced.fullest, Path(plot), f"{traced.model}: {traced.layout}")
     if chrome:
-        from meshwright.export.chrome import write_chrome
+        from meshwright.export.chrome import ORDER, PREDICTED, write_chrome
 
-        write_chrome(traced, Path(chrome))
+        timelines = in_order(traced) if prices is None else in_seconds(traced, known, prices)
+        write_chrome(traced, timelines, Path(chrome), ORDER if prices is None else PREDICTED)
+    if chakra:
+        from meshwright.export.chakra import write_chakra
+
+        write_chakra(traced, known, Path(chakra), ranks, None if prices is None else prices.of)

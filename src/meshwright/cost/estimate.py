@@ -416,6 +416,13 @@ class Estimator:
         # Bounds add up parts of a layer: what one part waits for the host, another may compute.
         return 0.0 if piece.name == PART else kernels.host_seconds(ops, is_recomputed(piece))
 
+    def host_waits(self, piece: Piece, layout: Layout) -> tuple[float, float]:
+        """Seconds that forward and backward of `piece` wait for the host that starts their kernels."""
+        kernels = self.kernels(layout, shared=False)
+        hosts = [(ops, self._host_seconds(piece, ops, kernels)) for ops in (piece.forward, piece.backward)]
+        forward, backward = (sum(self._run(ops, kernels, host)) - sum(self._run(ops, kernels, 0.0)) for ops, host in hosts)
+        return forward, backward
+
     def _run(self, ops: tuple[Op, ...], kernels: Kernels, host: float) -> tuple[float, float]:
         """(seconds of computation, seconds of exposed communication) of `ops` in order. `host`: seconds of starting them.
 

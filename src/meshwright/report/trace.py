@@ -11,13 +11,22 @@ from rich.text import Text
 from meshwright.report.units import gib, size
 from meshwright.trace.check import Check
 from meshwright.trace.result import CATEGORIES, StageTrace, Trace
+from meshwright.trace.seconds import Prices
 
 LARGEST = 8
 """Kinds of live tensors shown."""
 
 
-def trace_report(trace: Trace) -> RenderableType:
-    return Group(_memory(trace), Text(), _largest(trace.fullest), Text(), _collectives(trace.fullest))
+def trace_report(trace: Trace, prices: Prices | None = None) -> RenderableType:
+    room = [] if prices is None else [Text(), _room(trace.fullest, prices)]
+    return Group(_memory(trace), *room, Text(), _largest(trace.fullest), Text(), _collectives(trace.fullest))
+
+
+def _room(stage: StageTrace, prices: Prices) -> Text:
+    left = prices.head_room(stage)
+    held = f"{gib(stage.peak_bytes)} live + {gib(prices.overhead_bytes)} overhead on stage {stage.stage}"
+    verdict = f"{gib(left)} head-room" if left >= 0 else f"{gib(-left)} too much"
+    return Text(f"{prices.cluster.accelerator.name} has {gib(prices.memory_bytes)}: {held} leave {verdict}")
 
 
 def check_report(checks: tuple[Check, ...]) -> RenderableType:

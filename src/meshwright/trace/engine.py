@@ -32,9 +32,10 @@ from meshwright.spec.layout import Layout
 from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
+from meshwright.trace.groups import followed
 from meshwright.trace.kernels import narrow_attention
 from meshwright.trace.paths import Paths
-from meshwright.trace.recorder import Recorder, TracedLedger
+from meshwright.trace.recorder import Recorder
 from meshwright.trace.result import Change, Section, StageTrace, Work
 from meshwright.trace.step import Plan, TracedStep
 from meshwright.train.optimizer import Optimizer
@@ -92,7 +93,8 @@ def _are_entangled(layout: Layout, micro_batches: int) -> bool:
 class _Known:
     """What a stage has shown, for stages like it."""
 
-    def __init__(self, sections: list[Section], plan: Plan, pipeline: Pipeline):
+    def __init__(self, recorder: Recorder, plan: Plan, pipeline: Pipeline):
+        sections, self.posted = recorder.sections, recorder.posted
         self.before, self.after, self.done = sections[: plan.first], sections[plan.last :], plan.done
         self.boundary, self.dtype, self.loss = pipeline.boundary, pipeline.dtype, pipeline.loss
 
@@ -101,7 +103,7 @@ def _run(
     model: Model, layout: Layout, workload: Workload, rank: int, stage: int, everything: bool
 ) -> tuple[StageTrace, _Known]:
     recorder = Recorder()
-    mesh = build_mesh(layout, model, CPU, TracedLedger(recorder))
+    mesh = followed(build_mesh(layout, model, CPU), recorder)
     with FakeTensorMode(allow_non_fake_inputs=True), recorder, _without_collector():
         recorder.start("build", category="buffers")
         engine = apply(model, workload, mesh, lambda shard: torch.empty(shard.shape))
@@ -128,14 +130,15 @@ def _run(
             if storage.category == "activations":  # what outlives the step: tables of angles, counters of experts
                 storage.category = "buffers"
         sections = list(recorder.sections)
-        known = _Known(sections, plan, engine.pipeline)
+        known = _Known(recorder, plan, engine.pipeline)
         del data, figures
     return StageTrace(stage, rank, tuple(sections)), known
 
 
 def _replay(model: Model, layout: Layout, workload: Workload, rank: int, stage: int, known: _Known) -> StageTrace:
     recorder = Recorder()
-    mesh = build_mesh(layout, model, CPU, TracedLedger(recorder))
+    recorder.posted = known.posted  # numbers of calls in what is replayed are not given again
+    mesh = followed(build_mesh(layout, model, CPU), recorder)
     schedule = layout_schedule(layout, micro_batches(layout, workload))
     empty = [nn.Identity() for _ in range(schedule.chunks)]
     pipeline = Pipeline(empty, schedule, mesh["pp"], known.loss, known.boundary, known.dtype, WeightGradients())
