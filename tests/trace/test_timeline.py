@@ -46,7 +46,7 @@ def predicted(model: str, layout: str, seq: int, batch: int) -> tuple[Prices, tu
 def test_the_step_takes_what_the_estimate_says(model: str, layout: str, seq: int, batch: int) -> None:
     """Event by event, and piece by piece: two sums over the same work, of which one knows the order."""
     prices, timelines = predicted(model, layout, seq, batch)
-    assert max(each.end for each in timelines) == pytest.approx(prices.estimate.step_time_s, rel=0.1)
+    assert max(each.end for each in timelines) == pytest.approx(prices.estimate.step_time_s, rel=0.15)
 
 
 def test_nothing_runs_before_what_it_waits_for() -> None:

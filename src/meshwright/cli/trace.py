@@ -6,15 +6,26 @@ from typing import Annotated
 
 import typer
 
-from meshwright.cli.shared import AsJson, GlobalBatch, Model, Seq, print_json, say, show
+from meshwright.cli.shared import AsJson, Seq, print_json, say, show
 from meshwright.spec.errors import UserError
 
 
 def trace(
-    model: Model,
     seq: Seq,
-    global_batch: GlobalBatch,
-    layout: Annotated[str, typer.Option("--layout", help='One line, such as "dp20:zero1 tp8:sp pp4 mb1".')],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Catalogue name, or path of a Hugging Face config.json.")
+    ] = None,
+    global_batch: Annotated[int | None, typer.Option("--global-batch", help="Sequences in an optimizer step.")] = None,
+    layout: Annotated[str | None, typer.Option("--layout", help='One line, such as "dp20:zero1 tp8:sp pp4 mb1".')] = None,
+    hf: Annotated[
+        str | None,
+        typer.Option(
+            "--hf", help="Instead of --model: a config of any causal model of transformers, run as it is on one device."
+        ),
+    ] = None,
+    micro_batch: Annotated[int | None, typer.Option("--micro-batch", help="With --hf: sequences.")] = None,
+    precision: Annotated[str | None, typer.Option("--precision", help="With --hf: bf16, fp32 or mixed.")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="With --hf: its gradient checkpointing.")] = False,
     gpus: Annotated[int | None, typer.Option("--gpus", help="Checked against the layout.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="One rank of the world.")] = None,
     stage: Annotated[int | None, typer.Option("--stage", help="The first rank of one stage.")] = None,
@@ -39,6 +50,18 @@ def trace(
     json: AsJson = False,
 ) -> None:
     """Dry-run the real engine at any scale in one process: memory, products and communication of one step."""
+    plain = {"--micro-batch": micro_batch, "--precision": precision, "--recompute": recompute}
+    sharded = {"--model": model, "--global-batch": global_batch, "--layout": layout}
+    if hf is not None:
+        others = {"--gpus": gpus, "--rank": rank, "--stage": stage, "--all-stages": all_stages, "--plot": plot}
+        others |= {"--cluster": cluster, "--chrome": chrome, "--chakra": chakra}
+        _refuse(sharded | others, "is not for --hf, which runs a model as it is on one device")
+        _plain(hf, seq, micro_batch or 1, precision or "bf16", recompute, json)
+        return
+    _refuse(plain, "is for --hf; --layout says it otherwise, such as mb2, fp32 and ac:full")
+    if model is None or global_batch is None or layout is None:
+        missing = ", ".join(name for name, value in sharded.items() if value is None)
+        raise UserError(f"trace misses {missing}: it needs --model, --global-batch and --layout, or --hf")
     from pathlib import Path
 
     from meshwright.api import trace as run
@@ -76,3 +99,21 @@ def trace(
         from meshwright.export.chakra import write_chakra
 
         write_chakra(traced, known, Path(chakra), ranks, None if prices is None else prices.of)
+
+
+def _refuse(given: dict[str, object], why: str) -> None:
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise UserError(f"{name} {why}")
+
+
+def _plain(ref: str, seq: int, micro_batch: int, precision: str, recompute: bool, json: bool) -> None:
+    from meshwright.report.plain import plain_dict, plain_report
+    from meshwright.trace.huggingface import Plain, trace_huggingface
+
+    traced = trace_huggingface(ref, Plain(seq, micro_batch, precision, recompute))  # type: ignore[arg-type]
+    ran = f"{micro_batch} x {seq:,} tokens, {precision}" + (", recompute" if recompute else "")
+    if json:
+        print_json(plain_dict(ref, ran, traced))
+    else:
+        show(plain_report(ref, ran, traced))

@@ -6,7 +6,6 @@ each expert an equal share, as the cost model does: what they would choose depen
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -35,7 +34,7 @@ from meshwright.spec.workload import Workload
 from meshwright.trace.groups import followed
 from meshwright.trace.kernels import narrow_attention
 from meshwright.trace.paths import Paths
-from meshwright.trace.recorder import Recorder
+from meshwright.trace.recorder import Recorder, without_collector
 from meshwright.trace.result import Change, Section, StageTrace, Work
 from meshwright.trace.step import Plan, TracedStep
 from meshwright.train.optimizer import Optimizer
@@ -104,7 +103,7 @@ def _run(
 ) -> tuple[StageTrace, _Known]:
     recorder = Recorder()
     mesh = followed(build_mesh(layout, model, CPU), recorder)
-    with FakeTensorMode(allow_non_fake_inputs=True), recorder, _without_collector():
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder, without_collector():
         recorder.start("build", category="buffers")
         engine = apply(model, workload, mesh, lambda shard: torch.empty(shard.shape))
         optimizer = Optimizer(Recipe(), engine.state)
@@ -144,7 +143,7 @@ def _replay(model: Model, layout: Layout, workload: Workload, rank: int, stage: 
     pipeline = Pipeline(empty, schedule, mesh["pp"], known.loss, known.boundary, known.dtype, WeightGradients())
     plan = Plan(schedule, stage, known.done)
     pipeline.step_type = partial(TracedStep, recorder, plan)  # type: ignore[assignment]
-    with FakeTensorMode(allow_non_fake_inputs=True), recorder, _without_collector():
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder, without_collector():
         tokens = torch.empty(0)
         pipeline.run([MicroBatch(tokens, tokens)] * schedule.micro_batches, tokens)
     return StageTrace(stage, rank, (*known.before, *recorder.sections[plan.first : plan.last], *known.after))
@@ -160,19 +159,6 @@ def _fake_world(world: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Cycles are cleared before, and not at moments that depend on how much Python made since the last time."""
-    was = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _refuse_untraced(layout: Layout) -> None:

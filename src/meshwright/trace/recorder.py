@@ -6,6 +6,7 @@ counted ends when the last tensor on it goes, wherever that was kept (autograd's
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,10 @@ class Recorder(TorchDispatchMode):
     def classify(self, tensor: Tensor, category: Category) -> None:
         self.storage(tensor).category = category
 
+    def adopt(self, tensor: Tensor) -> None:
+        """Watch what was made before."""
+        self._came(tensor)
+
     def storage(self, tensor: Tensor) -> Storage:
         return self._seen[tensor.untyped_storage()._cdata][1]
 
@@ -171,3 +176,16 @@ class Recorder(TorchDispatchMode):
         a, b = args[at], args[at + 1]
         groups = a.shape[0] if batched else 1
         self.add(Product(path, a.shape[-2], b.shape[-1], a.shape[-1], groups, backward, packet.__name__.rstrip("_")))
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Cycles are cleared before, and not at moments that depend on how much Python made since the last time."""
+    was = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
