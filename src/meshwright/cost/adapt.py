@@ -20,11 +20,11 @@ SCORE_BYTES = {"fused-softmax": 1.0, "unfused": 3.0}
 step, also the scaled and masked ones."""
 NORM_KEPT = 4
 """A norm run operator by operator keeps its input and its normalised input in fp32 too: twice two bf16 residuals."""
-LOSS_BYTES = {"fused": 4, "parallel": 12, "whole": 26}
-"""At its peak, for every logit that a rank holds. fused: the logits, turned into their gradient in place, and a copy while that is
-read. parallel (Megatron's vocab-parallel loss): bf16, fp32, the exponents, and their gradient. whole: those and the copies that
-PyTorch's own loss makes of them."""
-LOSS_PASSES = {"fused": 8, "parallel": 40, "whole": 60}
+LOSS_BYTES = {"chunked": 4, "fused": 4, "parallel": 12, "whole": 26}
+"""At its peak, for every logit that a rank holds at once. chunked and fused: the logits, turned into their gradient in place, and a copy
+while that is read. parallel (Megatron's vocab-parallel loss): bf16, fp32, the exponents, and their gradient. whole: those and the
+copies that PyTorch's own loss makes of them."""
+LOSS_PASSES = {"chunked": 8, "fused": 8, "parallel": 40, "whole": 60}
 """Bytes moved for every logit, forward and backward together."""
 
 
@@ -101,7 +101,8 @@ def _loss(piece: Piece, practice: Practice, model: Model, layout: Layout, tokens
         forward=(*_scaled(piece.forward, factor), *gathers),
         backward=tuple(_scaled(piece.backward, factor)),
         saved_bytes=max(0, residual),
-        working_bytes=LOSS_BYTES[practice.loss] * logits,
+        working_bytes=LOSS_BYTES[practice.loss]
+        * (min(logits, tokens * model.hidden) if practice.loss == "chunked" else logits),
     )
 
 
