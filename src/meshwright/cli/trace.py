@@ -108,10 +108,10 @@ def _refuse(given: dict[str, object], why: str) -> None:
 
 
 def _plain(ref: str, seq: int, micro_batch: int, precision: str, recompute: bool, json: bool) -> None:
+    from meshwright.api import trace_huggingface
     from meshwright.report.plain import plain_dict, plain_report
-    from meshwright.trace.huggingface import Plain, trace_huggingface
 
-    traced = trace_huggingface(ref, Plain(seq, micro_batch, precision, recompute))  # type: ignore[arg-type]
+    traced = trace_huggingface(config=ref, seq=seq, micro_batch=micro_batch, precision=precision, recompute=recompute)
     ran = f"{micro_batch} x {seq:,} tokens, {precision}" + (", recompute" if recompute else "")
     if json:
         print_json(plain_dict(ref, ran, traced))

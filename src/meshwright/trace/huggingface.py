@@ -27,11 +27,12 @@ Kept = Literal["bf16", "fp32", "mixed"]
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """What is run: `micro_batch` sequences of `seq` tokens, in one micro-batch. `recompute`: the model's gradient checkpointing."""
+    """What is run: `micro_batch` sequences of `seq` tokens, in one micro-batch. `precision`: one of `Kept`. `recompute`: the model's
+    gradient checkpointing."""
 
     seq: int
     micro_batch: int = 1
-    precision: Kept = "bf16"
+    precision: str = "bf16"
     recompute: bool = False
 
 
