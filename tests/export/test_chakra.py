@@ -81,8 +81,32 @@ def test_what_is_posted_may_run_beside_what_follows(tmp_path: Path) -> None:
     receive = next(node for node in ranks[0] if node.type == RECV)
     first_user = min(node.id for node in ranks[0] if receive.id in node.deps)
     assert first_user > receive.id
-    free = [n for n in ranks[0] if n.type == COLL and not any(n.id in m.data_deps for m in (nodes.get(n.id + 1),) if m)]
-    assert free, "every collective holds up the next node"
+    calls = [node for node in ranks[0] if node.type == COLL and node.id + 1 in nodes]
+    assert any(call.id not in nodes[call.id + 1].deps for call in calls), "every collective holds up the next node"
+
+
+def test_calls_of_a_group_keep_their_order(tmp_path: Path) -> None:
+    """Also where nothing between them waits: the gradients of several buckets, reduced while backward goes on."""
+    _, ranks, _ = written("untied", "dp2:zero3 cp2:ring mb1 fp32", tmp_path)
+    nodes = {node.id: node for node in ranks[0]}
+    last: dict[str, int] = {}
+    for node in ranks[0]:
+        if node.type == COLL:
+            before = last.get(node.attr["pg_name"])
+            assert before is None or follows(node, before, nodes), (node, before)
+            last[node.attr["pg_name"]] = node.id
+
+
+def follows(node: Node, before: int, nodes: dict[int, Node]) -> bool:
+    """Whether `node` waits for `before`, at one or more removes."""
+    seen, todo = set[int](), [node.id]
+    while todo:
+        for dep in nodes[todo.pop()].deps - seen:
+            if dep == before:
+                return True
+            seen.add(dep)
+            todo += [dep] if dep > before else []
+    return False
 
 
 def test_metadata_names_and_attributes(tmp_path: Path) -> None:
