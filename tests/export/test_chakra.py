@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,14 @@ EVERY = MODELS | SPARSE
 TYPES = {0: "all_reduce", 2: "all_gather", 6: "all_to_all", 7: "reduce_scatter"}
 
 
-def written(name: str, layout: str, out: Path) -> tuple[Trace, dict[int, list[Node]], dict[str, list[int]]]:
+@cache
+def seen(name: str, layout: str) -> Trace:
     stages = range(int(layout.split("pp")[1][0])) if "pp" in layout else [0]
-    traced = trace(model=EVERY[name], layout=layout, seq=16, global_batch=8, stages=list(stages))
+    return trace(model=EVERY[name], layout=layout, seq=16, global_batch=8, stages=list(stages))
+
+
+def written(name: str, layout: str, out: Path) -> tuple[Trace, dict[int, list[Node]], dict[str, list[int]]]:
+    traced = seen(name, layout)
     write_chakra(traced, EVERY[name], out)
     ranks = {rank: read(out / f"step.{rank}.et")[1] for rank in range(traced.layout.world)}
     return traced, ranks, json.loads((out / "comm_groups.json").read_text())
@@ -110,18 +116,18 @@ def follows(node: Node, before: int, nodes: dict[int, Node]) -> bool:
 
 
 def test_metadata_names_and_attributes(tmp_path: Path) -> None:
-    write_chakra(trace(model=EVERY["tied"], layout="dp2 tp2 mb2", seq=16, global_batch=8), EVERY["tied"], tmp_path, [3])
+    write_chakra(seen("tied", "dp2:zero1 tp2:sp pp2 mb1 fp32"), EVERY["tied"], tmp_path, [3])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comm_groups.json", "step.3.et"]
     head, nodes = read(tmp_path / "step.3.et")
     assert head[1] == [b"0.0.4"]
     assert {node.attr["is_cpu_op"] for node in nodes} == {False}
     groups = json.loads((tmp_path / "comm_groups.json").read_text())
-    assert sorted(groups.values()) == [[1, 3], [2, 3]]
+    assert sorted(groups.values()) == [[1, 3], [2, 3], [3, 7]]
     assert not any(node.duration_micros for node in nodes)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    traced = trace(model=EVERY["tied"], layout="tp2 mb8", seq=16, global_batch=8)
+    traced = seen("tied", "dp2:zero1 tp2:sp pp2 mb1 fp32")
     with pytest.raises(UserError, match="cannot be written"):
         write_chakra(traced, EVERY["tied"], tmp_path / "file")

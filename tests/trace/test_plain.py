@@ -86,7 +86,8 @@ def test_the_peak_is_that_of_a_real_run(name: str, plain: Plain, off: float, tmp
 @pytest.mark.parametrize(
     ("ref", "low", "high"),
     [
-        ("llama-3-8b", 4 * 14.9, 4 * 14.9 + 25),
+        ("gpt2", 4 * 0.23, 4 * 0.23 + 5),
+        pytest.param("llama-3-8b", 4 * 14.9, 4 * 14.9 + 25, marks=pytest.mark.parity),
         pytest.param("qwen3-32b", 3 * 61.0, 3 * 61.0 + 110, marks=pytest.mark.parity),
         pytest.param("mixtral-8x7b", 4 * 86.9, 4 * 86.9 + 40, marks=pytest.mark.parity),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ CLUSTER = load_cluster("h100-superpod")
 
 
 SHORT = replace(load_model("gpt2"), layers=4)
+LAYOUT = "dp2:zero1 tp2:sp pp2 mb4"
 
 
+@cache
 def predicted(model: str, layout: str, seq: int, batch: int) -> tuple[Prices, tuple[StageTimeline, ...]]:
     known = SHORT if model == "short gpt2" else load_model(model)
     traced = trace(model=known, layout=layout, seq=seq, global_batch=batch)
@@ -36,7 +39,7 @@ def predicted(model: str, layout: str, seq: int, batch: int) -> tuple[Prices, tu
 @pytest.mark.parametrize(
     ("model", "layout", "seq", "batch"),
     [
-        ("short gpt2", "dp2:zero1 tp2:sp pp2 mb4", 1024, 64),
+        ("short gpt2", LAYOUT, 1024, 32),
         pytest.param("llama-3-8b", "dp8 pp4 mb1", 4096, 128, marks=pytest.mark.parity),
         pytest.param("llama-3-8b", "dp8:zero3 tp2:sp mb1 ac:full", 4096, 64, marks=pytest.mark.parity),
         pytest.param("mixtral-8x7b", "dp8:zero1 ep8 pp4x2:interleaved mb1", 4096, 64, marks=pytest.mark.parity),
@@ -50,7 +53,7 @@ def test_the_step_takes_what_the_estimate_says(model: str, layout: str, seq: int
 
 
 def test_nothing_runs_before_what_it_waits_for() -> None:
-    prices, timelines = predicted("short gpt2", "dp2:zero1 tp2:sp pp2 mb4", 1024, 32)
+    prices, timelines = predicted("short gpt2", LAYOUT, 1024, 32)
     first, last = timelines
     ends = {bar.section.name: bar.end for bar in first.bars if bar.section.action}
     for bar in last.bars:
@@ -67,18 +70,16 @@ def test_nothing_runs_before_what_it_waits_for() -> None:
 
 
 def test_head_room_is_what_is_left_of_the_memory() -> None:
-    traced = trace(model=SHORT, layout="mb1", seq=128, global_batch=1)
-    prices = Prices(traced, SHORT, CLUSTER)
+    prices, _ = predicted("short gpt2", LAYOUT, 1024, 32)
+    traced = prices.trace
     overhead = Estimator(SHORT, CLUSTER, traced.workload).overhead
     assert prices.head_room(traced.fullest) == CLUSTER.accelerator.memory_bytes - int(overhead) - traced.fullest.peak_bytes
 
 
 def test_perfetto_finds_what_it_needs(tmp_path: Path) -> None:
-    traced = trace(model=SHORT, layout="dp2 pp2 mb1", seq=128, global_batch=8)
-    for name, timelines in (
-        ("order", in_order(traced)),
-        ("seconds", in_seconds(traced, SHORT, Prices(traced, SHORT, CLUSTER))),
-    ):
+    prices, seconds = predicted("short gpt2", LAYOUT, 1024, 32)
+    traced = prices.trace
+    for name, timelines in (("order", in_order(traced)), ("seconds", seconds)):
         out = tmp_path / f"{name}.json"
         write_chrome(traced, timelines, out, PREDICTED)
         found: dict[str, Any] = json.loads(out.read_text())
