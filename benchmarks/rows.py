@@ -174,8 +174,8 @@ def _experts(row: Row, ffn: int | None) -> Experts | None:
 
 
 def _vocab_in_words(notes: str) -> int | None:
-    """ "~128k vocab" or "default vocab 50257"."""
-    if found := re.search(r"(\d+)k\s+vocab", notes):
+    """ "~128k vocab", "vocab 250k" or "default vocab 50257"."""
+    if found := re.search(r"(\d+)k\s+vocab", notes) or re.search(r"vocab\s+(\d+)k\b", notes):
         return int(found.group(1)) * 1000
     found = re.search(r"vocab(?:ulary)?\s+(?:of\s+)?(\d{4,})", notes)
     return int(found.group(1)) if found else None
@@ -340,9 +340,13 @@ def _is_compiled(row: Row) -> bool:
 
 
 def _loss(row: Row, compiled: bool) -> Loss:
-    """Fused in a compiler and under FSDP, whose trainers take a fused kernel. Megatron's for its own models (GPT, no gated MLP) and
-    where one of its features is named: a schedule, a ZeRO stage, fp8. PyTorch's own for other models in code that names none."""
+    """Chunked with Liger's kernels. Fused in a compiler and under FSDP, whose trainers take a fused kernel. Megatron's for its own models
+    (GPT, no gated MLP) and where one of its features is named: a schedule, a ZeRO stage, fp8. PyTorch's own for other models in code that
+    names none."""
     zero = (row.get("zero_stage") or "").strip().lower()
+    flags = (row.get("other_flags") or "").lower()
+    if "liger" in flags and "without liger" not in flags:
+        return "chunked"
     if compiled or "fsdp" in zero:
         return "fused"
     return "whole" if _is_plain(row) else "parallel"

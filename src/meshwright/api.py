@@ -29,7 +29,7 @@ from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.sizes import parse_bytes
 from meshwright.spec.workload import Workload
-from meshwright.trace.result import Trace
+from meshwright.trace.result import StageTrace, Trace
 
 if TYPE_CHECKING:
     from meshwright.cost.fabric.view import FabricView
@@ -91,6 +91,20 @@ def trace(
         ranks = [first_rank(parsed, stage) for stage in wanted]
     traced = trace_ranks(known, parsed, workload, ranks, progress=progress)
     return Trace(known.name, parsed, workload, traced)
+
+
+def trace_huggingface(
+    *, config: str, seq: int, micro_batch: int = 1, precision: str = "bf16", recompute: bool = False
+) -> StageTrace:
+    """Run one step of any causal language model of `transformers`, unsharded on one device, in this process and without its memory.
+
+    `config`: a config.json, a directory that holds one, or a catalogue name. `precision`: bf16 or fp32 for all that is kept, or mixed,
+    which is fp32 under autocast to bf16. `recompute`: the model's gradient checkpointing. Needs the `hf` extra.
+    """
+    from meshwright.trace.huggingface import Plain  # torch
+    from meshwright.trace.huggingface import trace_huggingface as run
+
+    return run(config, Plain(seq, micro_batch, precision, recompute))
 
 
 def check(

@@ -29,15 +29,15 @@ ANGLES = 4
 """Sine and cosine, looked up by position for queries and for keys."""
 NORM_KEPT = 4
 """A norm run operator by operator keeps its input and its normalised input in fp32 too: twice two bf16 residuals."""
-LOSS_BYTES = {"fused": 4, "parallel": 12, "whole": 16}
-"""At its peak, for every logit that a rank holds. fused: the logits, turned into their gradient in place, and a copy while that is
-read. parallel (Megatron's vocab-parallel loss): bf16, fp32, the exponents, and their gradient. whole: the bf16 logits of two
-micro-batches, the fp32 softmax, and the gradients of both of its steps (github.com/Aleph-Alpha/scaling, cross_entropy.py and
+LOSS_BYTES = {"chunked": 4, "fused": 4, "parallel": 12, "whole": 16}
+"""At its peak, for every logit that a rank holds at once. chunked and fused: the logits, turned into their gradient in place, and a copy
+while that is read. parallel (Megatron's vocab-parallel loss): bf16, fp32, the exponents, and their gradient. whole: the bf16 logits of
+two micro-batches, the fp32 softmax, and the gradients of both of its steps (github.com/Aleph-Alpha/scaling, cross_entropy.py and
 parallel_module.py)."""
 GATHERED_BYTES = 8
 """Beside them, where a whole loss gathers its logits: the parts, their concatenation, and the gradients of both, in blocks of other
 sizes than those of the fp32 tensors, so that the allocator cannot hand them on."""
-LOSS_PASSES = {"fused": 8, "parallel": 40, "whole": 60}
+LOSS_PASSES = {"chunked": 8, "fused": 8, "parallel": 40, "whole": 60}
 """Bytes moved for every logit, forward and backward together."""
 
 
@@ -138,7 +138,8 @@ def _loss(piece: Piece, practice: Practice, model: Model, layout: Layout, tokens
         forward=(*_scaled(piece.forward, factor), *gathers),
         backward=tuple(_scaled(piece.backward, factor)),
         saved_bytes=max(0, residual),
-        working_bytes=(LOSS_BYTES[practice.loss] + (GATHERED_BYTES if gathers else 0)) * logits,
+        working_bytes=(LOSS_BYTES[practice.loss] + (GATHERED_BYTES if gathers else 0))
+        * (min(logits, tokens * model.hidden) if practice.loss == "chunked" else logits),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -410,10 +410,9 @@ class Estimator:
     def _piece_durations(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
         key = (id(piece), shared)
         if key not in self._seconds:
-            host = [self._host_seconds(piece, ops, kernels) for ops in (piece.forward, piece.backward)]
-            waited = kernels.waited_seconds(piece.forward) if piece.name == "layer" else 0.0
-            forward = self._run(piece.forward, kernels, host[0], waited)
-            backward = self._run(piece.backward, kernels, host[1], waited if is_recomputed(piece) else 0.0)
+            forward, backward = (
+                self._run(ops, kernels, host, waited) for ops, host, waited in self._launched(piece, kernels)
+            )
             # The piece is kept beside its price, so that its id is not used again.
             self._seconds[key] = (
                 piece,
@@ -431,6 +430,22 @@ class Estimator:
     def _host_seconds(self, piece: Piece, ops: tuple[Op, ...], kernels: Kernels) -> float:
         # Bounds add up parts of a layer: what one part waits for the host, another may compute.
         return 0.0 if piece.name == PART else kernels.host_seconds(ops, is_recomputed(piece))
+
+    def host_waits(self, piece: Piece, layout: Layout) -> tuple[float, float]:
+        """Seconds that forward and backward of `piece` wait for the host that starts their kernels."""
+        kernels = self.kernels(layout, shared=False)
+        forward, backward = (
+            sum(self._run(ops, kernels, host, waited)) - sum(self._run(ops, kernels, 0.0, 0.0))
+            for ops, host, waited in self._launched(piece, kernels)
+        )
+        return forward, backward
+
+    def _launched(self, piece: Piece, kernels: Kernels) -> Iterator[tuple[tuple[Op, ...], float, float]]:
+        """Forward and backward, each with the seconds of starting its kernels and with those that the host waits for the device."""
+        waited = kernels.waited_seconds(piece.forward) if piece.name == "layer" else 0.0
+        yield piece.forward, self._host_seconds(piece, piece.forward, kernels), waited
+        again = waited if is_recomputed(piece) else 0.0
+        yield piece.backward, self._host_seconds(piece, piece.backward, kernels), again
 
     def _run(self, ops: tuple[Op, ...], kernels: Kernels, host: float, waited: float) -> tuple[float, float]:
         """(seconds of computation, seconds of exposed communication) of `ops` in order. `host`: seconds of starting them.

@@ -14,9 +14,10 @@ Attention = Literal["flash", "flash2", "flash1", "fused-softmax", "unfused"]
 for the A100). fused-softmax: scores are written out, and one
 kernel scales, masks and normalises them. unfused: a kernel for each of those."""
 
-Loss = Literal["fused", "parallel", "whole"]
-"""fused: one kernel from logits to their gradient. parallel: Megatron's, over each rank's share of the vocabulary. whole: PyTorch's
-own, in fp32, over logits gathered from the tensor-parallel ranks."""
+Loss = Literal["chunked", "fused", "parallel", "whole"]
+"""chunked: the head's product and the loss together, over so few tokens at a time that their logits take the room of all hidden states
+(Liger-Kernel, arXiv 2410.10989). fused: one kernel from logits to their gradient. parallel: Megatron's, over each rank's share of the
+vocabulary. whole: PyTorch's own, in fp32, over logits gathered from the tensor-parallel ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

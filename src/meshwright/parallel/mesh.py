@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -15,10 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshwright.parallel.collectives import Group
 from meshwright.parallel.ledger import Ledger
 from meshwright.spec.errors import UserError
-from meshwright.spec.grid import Grid
+from meshwright.spec.grid import Grid, Members, derived_groups, group_members
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
-from meshwright.spec.shards import Seat, Split
+from meshwright.spec.shards import Seat
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,43 +91,17 @@ def build_mesh(layout: Layout, model: Model, device: torch.device, ledger: Ledge
     for axis in layout.order:
         ranks = grid.group(axis, rank)
         groups[axis] = Group(axis, ranks, ranks.index(rank), handles.get(axis), ledger)
-    derived = _derived(layout, model, grid)
-    for name, (axis, members) in derived.items():
+    for name, (axis, members) in derived_groups(grid, model).items():
         groups[name] = _group(axis, members, groups, rank, world, ledger)
     lanes = []
     for _ in range(layout.chunks if layout.async_ep else 0):
         own: dict[str, Group] = {}
         for name in (name for name in IN_PASSES if name in groups):
-            axis, members = derived.get(name, (name, partial(grid.group, name)))
-            own[name] = _group(axis, members, own, rank, world, ledger)
+            members = group_members(grid, model, name)
+            own[name] = _group(groups[name].axis, members, own, rank, world, ledger)
         lanes.append(MappingProxyType(groups | own))
     coordinates = grid.coordinates(rank) | grid.expert_coordinates(rank)
     return Mesh(layout, rank, device, MappingProxyType(coordinates), MappingProxyType(groups), ledger, tuple(lanes))
-
-
-Members = Callable[[int], tuple[int, ...]]
-"""The ranks of the group that a rank belongs to."""
-
-
-def _derived(layout: Layout, model: Model, grid: Grid) -> dict[str, tuple[str, Members]]:
-    """Groups beside those of the axes: (axis that the ledger books them on, members)."""
-    out: dict[str, tuple[str, Members]] = {"data": ("dp", grid.data_group)}
-    out["shard"] = ("dp", lambda r: grid.block(grid.data_group(r), r, layout.state_shards))
-    out["replicate"] = ("dp", lambda r: grid.across(grid.data_group(r), r, layout.state_shards))
-    out["ring"] = ("cp", lambda r: grid.across(grid.group("cp", r), r, layout.cp_ulysses))
-    out["ulysses"] = ("cp", lambda r: grid.block(grid.group("cp", r), r, layout.cp_ulysses))
-    if layout.tp > model.kv_heads:
-        out["kv"] = ("tp", lambda r: grid.block(grid.group("tp", r), r, layout.tp // model.kv_heads))
-    if model.tied and Split.of(layout).ends_apart:
-        out["embedding"] = ("pp", grid.embedding_group)
-    if model.experts is not None:
-        out["ep"] = ("ep", lambda r: grid.expert_group(r, ("etp", "ep")))
-        out["etp"] = ("etp", lambda r: grid.expert_group(r, ("etp",)))
-        out["edp"] = ("edp", lambda r: grid.expert_group(r, ("edp",)))
-        shards = layout.expert_state_shards
-        out["expert_shard"] = ("edp", lambda r: grid.block(grid.expert_group(r, ("edp",)), r, shards))
-        out["expert_replicate"] = ("edp", lambda r: grid.across(grid.expert_group(r, ("edp",)), r, shards))
-    return out
 
 
 def _is_fake() -> bool:

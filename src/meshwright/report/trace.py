@@ -10,14 +10,30 @@ from rich.text import Text
 
 from meshwright.report.units import gib, size
 from meshwright.trace.check import Check
-from meshwright.trace.result import CATEGORIES, StageTrace, Trace
+from meshwright.trace.result import CATEGORIES, Peak, StageTrace, Trace
+from meshwright.trace.seconds import Prices
 
 LARGEST = 8
 """Kinds of live tensors shown."""
 
 
-def trace_report(trace: Trace) -> RenderableType:
-    return Group(_memory(trace), Text(), _largest(trace.fullest), Text(), _collectives(trace.fullest))
+def trace_report(trace: Trace, prices: Prices | None = None) -> RenderableType:
+    room = [] if prices is None else [Text(), _room(trace.fullest, prices)]
+    return Group(
+        _memory(trace),
+        *room,
+        Text(),
+        largest_table(trace.fullest.peak, f"largest live tensors at the peak of stage {trace.fullest.stage}"),
+        Text(),
+        _collectives(trace.fullest),
+    )
+
+
+def _room(stage: StageTrace, prices: Prices) -> Text:
+    left = prices.head_room(stage)
+    held = f"{gib(stage.peak_bytes)} live + {gib(prices.overhead_bytes)} overhead on stage {stage.stage}"
+    verdict = f"{gib(left)} head-room" if left >= 0 else f"{gib(-left)} too much"
+    return Text(f"{prices.cluster.accelerator.name} has {gib(prices.memory_bytes)}: {held} leave {verdict}")
 
 
 def check_report(checks: tuple[Check, ...]) -> RenderableType:
@@ -69,11 +85,11 @@ def _memory(trace: Trace) -> Table:
     return table
 
 
-def _largest(stage: StageTrace) -> Table:
-    table = Table(title=f"largest live tensors at the peak of stage {stage.stage}", title_justify="left")
+def largest_table(peak: Peak, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
     for name in ("made in", "category", "dtype", "shape", "count", "together"):
         table.add_column(name, justify="right" if name in ("count", "together") else "left")
-    for storage, count in stage.peak.largest[:LARGEST]:
+    for storage, count in peak.largest[:LARGEST]:
         shape = " x ".join(map(str, storage.shape))
         table.add_row(storage.path, storage.category, storage.dtype, shape, str(count), gib(count * storage.nbytes))
     return table

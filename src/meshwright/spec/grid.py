@@ -5,11 +5,14 @@ This is the only rank arithmetic in Meshwright. `parallel/mesh.py` adds process 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
+from meshwright.spec.model import Model
+from meshwright.spec.shards import Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +91,36 @@ class Grid:
         """First and last stage at this rank's other coordinates: the two holders of a tied embedding."""
         pp = self.group("pp", rank)
         return (pp[0], pp[-1]) if len(pp) > 1 else pp
+
+
+Members = Callable[[int], tuple[int, ...]]
+"""The ranks of the group that a rank belongs to."""
+
+
+def derived_groups(grid: Grid, model: Model) -> dict[str, tuple[str, Members]]:
+    """Groups beside those of the axes, as `parallel/mesh.py` names them: (axis that the ledger books them on, members)."""
+    layout = grid.layout
+    out: dict[str, tuple[str, Members]] = {"data": ("dp", grid.data_group)}
+    out["shard"] = ("dp", lambda r: grid.block(grid.data_group(r), r, layout.state_shards))
+    out["replicate"] = ("dp", lambda r: grid.across(grid.data_group(r), r, layout.state_shards))
+    out["ring"] = ("cp", lambda r: grid.across(grid.group("cp", r), r, layout.cp_ulysses))
+    out["ulysses"] = ("cp", lambda r: grid.block(grid.group("cp", r), r, layout.cp_ulysses))
+    if layout.tp > model.kv_heads:
+        out["kv"] = ("tp", lambda r: grid.block(grid.group("tp", r), r, layout.tp // model.kv_heads))
+    if model.tied and Split.of(layout).ends_apart:
+        out["embedding"] = ("pp", grid.embedding_group)
+    if model.experts is not None:
+        out["ep"] = ("ep", lambda r: grid.expert_group(r, ("etp", "ep")))
+        out["etp"] = ("etp", lambda r: grid.expert_group(r, ("etp",)))
+        out["edp"] = ("edp", lambda r: grid.expert_group(r, ("edp",)))
+        shards = layout.expert_state_shards
+        out["expert_shard"] = ("edp", lambda r: grid.block(grid.expert_group(r, ("edp",)), r, shards))
+        out["expert_replicate"] = ("edp", lambda r: grid.across(grid.expert_group(r, ("edp",)), r, shards))
+    return out
+
+
+def group_members(grid: Grid, model: Model, name: str) -> Members:
+    """Of the axis or the derived group `name`: the ranks of the group that a rank belongs to."""
+    if name in grid.layout.order:
+        return lambda rank: grid.group(name, rank)
+    return derived_groups(grid, model)[name][1]

@@ -20,15 +20,20 @@ from meshwright.spec.model import Model
 
 def load_model(ref: str) -> Model:
     """The model that `ref` names: a config.json, a directory that holds one, or a catalogue entry. A path wins."""
+    return read_config(*find_config(ref))
+
+
+def find_config(ref: str) -> tuple[dict[str, Any], str, str]:
+    """The config of `load_model(ref)`, the model's name and where it is from."""
     path = Path(ref)
     if (path / "config.json").is_file():
         path /= "config.json"
     if path.is_file():
         name = path.resolve().parent.name if path.name == "config.json" else path.stem
-        return read_config(_read_json(path), name, str(path))
+        return _read_json(path), name, str(path)
     catalogue = _catalogue()
     if ref in catalogue:
-        return read_config(catalogue[ref]["config"], ref, catalogue[ref]["source"])
+        return catalogue[ref]["config"], ref, catalogue[ref]["source"]
     if path.is_dir():
         raise UserError(f"{ref}: this directory holds no config.json")
     if "/" in ref or ref.endswith(".json"):

@@ -6,7 +6,6 @@ each expert an equal share, as the cost model does: what they would choose depen
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,9 +32,10 @@ from meshwright.spec.legality import check_layout, micro_batches, refuse_unbuilt
 from meshwright.spec.model import Model
 from meshwright.spec.precision import NARROW
 from meshwright.spec.workload import Workload
+from meshwright.trace.groups import followed
 from meshwright.trace.kernels import narrow_attention
 from meshwright.trace.paths import Paths
-from meshwright.trace.recorder import Recorder, TracedLedger
+from meshwright.trace.recorder import Recorder, without_collector
 from meshwright.trace.result import Change, Section, StageTrace, Work
 from meshwright.trace.step import Plan, TracedStep
 from meshwright.train.optimizer import Optimizer
@@ -93,7 +93,8 @@ def _are_entangled(layout: Layout, micro_batches: int) -> bool:
 class _Known:
     """What a stage has shown, for stages like it."""
 
-    def __init__(self, sections: list[Section], plan: Plan, pipeline: Pipeline):
+    def __init__(self, recorder: Recorder, plan: Plan, pipeline: Pipeline):
+        sections, self.posted = recorder.sections, recorder.posted
         self.before, self.after, self.done = sections[: plan.first], sections[plan.last :], plan.done
         self.boundary, self.dtype, self.loss = pipeline.boundary, pipeline.dtype, pipeline.loss
 
@@ -102,8 +103,8 @@ def _run(
     model: Model, layout: Layout, workload: Workload, rank: int, stage: int, everything: bool
 ) -> tuple[StageTrace, _Known]:
     recorder = Recorder()
-    mesh = build_mesh(layout, model, CPU, TracedLedger(recorder))
-    with FakeTensorMode(allow_non_fake_inputs=True), recorder, _without_collector():
+    mesh = followed(build_mesh(layout, model, CPU), recorder)
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder, without_collector():
         recorder.start("build", category="buffers")
         engine = apply(model, workload, mesh, lambda shard: torch.empty(shard.shape))
         optimizer = Optimizer(Recipe(), engine.state)
@@ -129,20 +130,21 @@ def _run(
             if storage.category == "activations":  # what outlives the step: tables of angles, counters of experts
                 storage.category = "buffers"
         sections = list(recorder.sections)
-        known = _Known(sections, plan, engine.pipeline)
+        known = _Known(recorder, plan, engine.pipeline)
         del data, figures
     return StageTrace(stage, rank, tuple(sections)), known
 
 
 def _replay(model: Model, layout: Layout, workload: Workload, rank: int, stage: int, known: _Known) -> StageTrace:
     recorder = Recorder()
-    mesh = build_mesh(layout, model, CPU, TracedLedger(recorder))
+    recorder.posted = known.posted  # numbers of calls in what is replayed are not given again
+    mesh = followed(build_mesh(layout, model, CPU), recorder)
     schedule = layout_schedule(layout, micro_batches(layout, workload))
     empty = [nn.Identity() for _ in range(schedule.chunks)]
     pipeline = Pipeline(empty, schedule, mesh["pp"], known.loss, known.boundary, known.dtype, WeightGradients())
     plan = Plan(schedule, stage, known.done)
     pipeline.step_type = partial(TracedStep, recorder, plan)  # type: ignore[assignment]
-    with FakeTensorMode(allow_non_fake_inputs=True), recorder, _without_collector():
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder, without_collector():
         tokens = torch.empty(0)
         pipeline.run([MicroBatch(tokens, tokens)] * schedule.micro_batches, tokens)
     return StageTrace(stage, rank, (*known.before, *recorder.sections[plan.first : plan.last], *known.after))
@@ -158,19 +160,6 @@ def _fake_world(world: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Cycles are cleared before, and not at moments that depend on how much Python made since the last time."""
-    was = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _refuse_untraced(layout: Layout) -> None:

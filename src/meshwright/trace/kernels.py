@@ -36,16 +36,19 @@ class _NarrowAttention(torch.autograd.Function):
         lse_BHL = q_BHLC.new_empty(B, H, L, dtype=torch.promote_types(q_BHLC.dtype, torch.float32))
         ctx.save_for_backward(q_BHLC, k_BKLC, v_BKLE, mask, y_BHLE, lse_BHL)
         ctx.recorder = recorder
-        recorder.add(_attended(recorder, q_BHLC, k_BKLC, v_BKLE, backward=False))
+        recorder.add(_attended(recorder, q_BHLC, k_BKLC, v_BKLE, mask, backward=False))
         return y_BHLE
 
     @staticmethod
     def backward(ctx: Any, grad_BHLE: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHLC, k_BKLC, v_BKLE, *_ = ctx.saved_tensors
-        ctx.recorder.add(_attended(ctx.recorder, q_BHLC, k_BKLC, v_BKLE, backward=True))
+        q_BHLC, k_BKLC, v_BKLE, mask, *_ = ctx.saved_tensors
+        ctx.recorder.add(_attended(ctx.recorder, q_BHLC, k_BKLC, v_BKLE, mask, backward=True))
         return torch.empty_like(q_BHLC), torch.empty_like(k_BKLC), torch.empty_like(v_BKLE), None, None
 
 
-def _attended(recorder: Recorder, q_BHLC: Tensor, k_BKLC: Tensor, v_BKLE: Tensor, *, backward: bool) -> Attended:
+def _attended(
+    recorder: Recorder, q_BHLC: Tensor, k_BKLC: Tensor, v_BKLE: Tensor, mask: Tensor | None, *, backward: bool
+) -> Attended:
     B, H, L, C = q_BHLC.shape
-    return Attended(recorder.paths.here, B, H, L, k_BKLC.shape[2], C, v_BKLE.shape[3], backward)
+    shown = "causal" if mask is None else "given"
+    return Attended(recorder.paths.here, B, H, L, k_BKLC.shape[2], C, v_BKLE.shape[3], backward, k_BKLC.shape[1], shown)

@@ -6,6 +6,7 @@ counted ends when the last tensor on it goes, wherever that was kept (autograd's
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,20 +17,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meshwright.parallel.ledger import Entry, Ledger
 from meshwright.schedule.actions import Action
 from meshwright.trace.paths import Paths
-from meshwright.trace.result import Attended, Category, Change, Event, Product, Section, Sent, Storage, Work
+from meshwright.trace.result import Attended, Category, Change, Event, Product, Section, Storage, Work
 
 _aten = torch.ops.aten
 _PLAIN = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}
 """Matrix products, and the place of their first factor."""
 _BATCHED = {_aten.bmm: 0, _aten.baddbmm: 1, _aten.baddbmm_: 1}
 _ATTENTION = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: (0, False),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (1, True),
+    _aten._scaled_dot_product_flash_attention_for_cpu: (0, 4, False),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (1, 7, True),
 }
-"""And the place of its queries; whether it is a backward."""
+"""And the places of its queries and of whether it is causal; whether it is a backward."""
 
 
 class Recorder(TorchDispatchMode):
@@ -44,6 +44,8 @@ class Recorder(TorchDispatchMode):
         self._live: set[Storage] = set()
         self._travels: set[Storage] = set()
         self._silent = False
+        self.posted = 0
+        """Calls that are waited for later than they are made are numbered."""
         self._open("before")
 
     # --- sections
@@ -102,6 +104,10 @@ class Recorder(TorchDispatchMode):
     def classify(self, tensor: Tensor, category: Category) -> None:
         self.storage(tensor).category = category
 
+    def adopt(self, tensor: Tensor) -> None:
+        """Watch what was made before."""
+        self._came(tensor)
+
     def storage(self, tensor: Tensor) -> Storage:
         return self._seen[tensor.untyped_storage()._cdata][1]
 
@@ -124,7 +130,7 @@ class Recorder(TorchDispatchMode):
         if not self._silent:
             packet = func.overloadpacket
             if packet in _PLAIN or packet in _BATCHED or packet in _ATTENTION:
-                self._multiplied(packet, args)
+                self._multiplied(packet, args, kwargs or {})
             self._came(out)
         return out
 
@@ -155,12 +161,15 @@ class Recorder(TorchDispatchMode):
         else:
             self.add(Change(storage, -1))
 
-    def _multiplied(self, packet: Any, args: Any) -> None:
+    def _multiplied(self, packet: Any, args: Any, kwargs: Any) -> None:
         path, backward = self.paths.here, self.paths.in_backward
         if packet in _ATTENTION:
-            at, is_backward = _ATTENTION[packet]
+            at, causal, is_backward = _ATTENTION[packet]
             q, k, v = args[at : at + 3]
-            self.add(Attended(path, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], is_backward))
+            is_causal = args[causal] if len(args) > causal else kwargs.get("is_causal", False)
+            mask = "causal" if is_causal else "given" if kwargs.get("attn_mask") is not None else ""
+            sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
+            self.add(Attended(path, *sizes, is_backward, k.shape[1], mask))
             return
         batched = packet in _BATCHED
         at = (_BATCHED if batched else _PLAIN)[packet]
@@ -169,13 +178,14 @@ class Recorder(TorchDispatchMode):
         self.add(Product(path, a.shape[-2], b.shape[-1], a.shape[-1], groups, backward, packet.__name__.rstrip("_")))
 
 
-class TracedLedger(Ledger):
-    """Books every call in the recorder too, one by one."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def record(self, entry: Entry, nbytes: int) -> None:
-        super().record(entry, nbytes)
-        self.recorder.add(Sent(entry.axis, entry.op, entry.group_size, nbytes, self.recorder.paths.here))
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Cycles are cleared before, and not at moments that depend on how much Python made since the last time."""
+    was = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

@@ -55,13 +55,39 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """One call of a collective, as the engine's ledger books it."""
+    """One call of a collective, as the engine's ledger books it.
+
+    `group`: which of the mesh's groups; `peer`: of a send, the index in the group that it goes to; `number`: of a call that is not
+    waited for at once, by which `Waited` knows it.
+    """
 
     axis: str
     op: str
     group_size: int
     nbytes: int
     path: str
+    group: str = ""
+    peer: int = -1
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A receive is posted."""
+
+    axis: str
+    nbytes: int
+    path: str
+    group: str
+    peer: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waited:
+    """What comes after needs the call `number`."""
+
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +109,8 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """Fused attention of [batch, heads, queries] over so many keys."""
+    """Fused attention of [batch, heads, queries] over so many keys of `kv_heads`. `mask`: "" where every query sees every key, "causal",
+    or "given" where there is a tensor that says which."""
 
     path: str
     batch: int
@@ -93,9 +120,26 @@ class Attended:
     head_dim: int
     value_dim: int
     backward: bool
+    kv_heads: int
+    mask: str
+
+    @property
+    def flops(self) -> float:
+        """Two products forward, five backward (FlashAttention-2, arXiv 2307.08691), of half the pairs where they are causal. Under a
+        mask that is given, of all pairs."""
+        pairs = self.queries * (self.keys - (self.queries - 1) / 2) if self.mask == "causal" else self.queries * self.keys
+        widths = 3 * self.head_dim + 2 * self.value_dim if self.backward else self.head_dim + self.value_dim
+        return 2.0 * self.batch * self.heads * pairs * widths
+
+    @property
+    def elements(self) -> int:
+        """Read and written: queries, keys, values and outputs; backward, their gradients too."""
+        queries = self.heads * self.queries * (self.head_dim + self.value_dim)
+        keys = self.kv_heads * self.keys * (self.head_dim + self.value_dim)
+        return self.batch * (queries + keys) * (2 if self.backward else 1)
 
 
-Event = Change | Sent | Product | Attended
+Event = Change | Sent | Received | Waited | Product | Attended
 
 
 @dataclass(eq=False)
