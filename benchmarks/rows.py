@@ -299,6 +299,8 @@ def read_practice(row: Row, layout: Layout) -> Practice:
         loss=_loss(row, compiled),
         attention=attention,
         fused_norms=compiled or "norm kernel" in flags or (row.get("gated_mlp") or "") != "yes" or year > 2023,
+        # Megatron's since 2023 (core/fusions/fused_bias_swiglu.py).
+        fused_activation=compiled or not (_is_plain(row) or "fsdp" in zero),
         products=_products(row),
         overlaps_tensor=(not flags and year > 2024)
         or "async tp" in flags

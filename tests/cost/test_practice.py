@@ -114,6 +114,7 @@ def test_code_of_its_own_keeps_what_megatron_does_not() -> None:
     rotated = tokens * (MODEL.heads + MODEL.kv_heads) * MODEL.head_dim * 2 // 4
     assert kept(Practice(packed_qkv=True)) == rotated + tokens * 4 * MODEL.head_dim * 2
     assert kept(Practice(fragments=True)) == int(FRAGMENTED * own)
+    assert kept(Practice(fused_activation=True)) == -tokens * MODEL.ffn * 2 // 4
 
 
 def test_code_of_its_own_sums_more_often() -> None:

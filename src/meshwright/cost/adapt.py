@@ -109,6 +109,8 @@ def _kept(piece: Piece, practice: Practice, model: Model, layout: Layout, tokens
         working += int(SCORE_WORKING[practice.attention] * size * pairs)
     if not practice.fused_norms:
         extra += 2 * NORM_KEPT * size * tokens * model.hidden / (layout.tp if layout.sp else 1)
+    if practice.fused_activation and _keeps_activation(piece, model, layout):
+        extra -= size * tokens * model.ffn / layout.tp
     if practice.packed_qkv and model.rope and model.latent is None:
         extra += size * tokens * (model.heads + model.kv_heads) * model.head_dim / layout.tp
         extra += ANGLES * size * tokens * model.head_dim
@@ -118,6 +120,13 @@ def _kept(piece: Piece, practice: Practice, model: Model, layout: Layout, tokens
         return replace(piece, working_bytes=working + int(extra))
     share = 1 + FRAGMENTED if practice.fragments else 1.0
     return replace(piece, saved_bytes=int(share * (piece.saved_bytes + extra)), working_bytes=working)
+
+
+def _keeps_activation(piece: Piece, model: Model, layout: Layout) -> bool:
+    """Whether the engine keeps the activation of a dense, gated MLP beside its inputs and its product."""
+    is_routed = any(isinstance(op, Gemm) and op.name.startswith("moe.") for op in piece.forward)
+    again = {"selective": {"activation", "mlp"} & {*layout.recompute_parts}, "full": True, "none": False}[layout.recompute]
+    return model.gated and not is_routed and not again
 
 
 def _loss(piece: Piece, practice: Practice, model: Model, layout: Layout, tokens: int) -> Piece:

@@ -27,6 +27,8 @@ class Practice:
     """None: the engine's own, which is vocab-parallel and keeps its softmax."""
     fused_norms: bool = True
     """One kernel for a norm, not one for each of its operators."""
+    fused_activation: bool = False
+    """The activation of a gated MLP and its product with the other half are one kernel, which keeps its inputs only."""
     products: str | None = None
     """The precision that the layers' linear products run in, where it is narrower than the layout's ("fp8")."""
     overlaps_tensor: bool = False
