@@ -46,6 +46,19 @@ def test_recompute_is_cut_down_to_what_memory_needs() -> None:
     assert not estimator(problem).played(fewer).fits
 
 
+def test_cheap_parts_run_again_before_whole_layers() -> None:
+    problem = Problem(load_model("llama-3-8b"), H100, Workload(8192, 64), 8)
+    given = parse_layout("dp4:zero1 tp2:sp mb1 ac:full")
+    most = estimator(problem).played(parse_layout("dp4:zero1 tp2:sp mb1")).peak_bytes - 1
+    accelerator = H100.accelerator.model_copy(update={"memory_bytes": most})
+    tight = Problem(problem.model, H100.model_copy(update={"accelerator": accelerator}), problem.workload, 8)
+    best, price = climb(estimator(tight), given, estimator(tight).played(given))
+    assert best.recompute == "selective"
+    assert set(best.recompute_parts) <= {"norms", "activation"}
+    assert best.async_tp
+    assert most - 2**30 < price.peak_bytes <= most
+
+
 def test_no_change_that_does_not_fit_is_taken() -> None:
     given = parse_layout("dp8:zero1 pp2:1f1b mb1")
     [(free, price)] = refine(estimator(LLAMA), [given])

@@ -1,4 +1,5 @@
-"""What the search leaves out, tried on its finalists: recompute of fewer layers, offload, rank orders, stages of equal cost, pairs.
+"""What the search leaves out, tried on its finalists: recompute of fewer layers and of cheap parts, offload, rank orders, stages of
+equal cost, async tensor parallel, pairs.
 
 Each of these changes little, and only from a layout that is good already: hill climbing with the exact estimator, one change at a
 time, until none makes the layout quicker.
@@ -17,10 +18,12 @@ from meshwright.planner.rules.reshape import order_has_price
 from meshwright.planner.search import Candidate, Plan
 from meshwright.planner.stages import least_maximum_layers
 from meshwright.spec.errors import UserError
-from meshwright.spec.layout import PAIRING, Layout
+from meshwright.spec.layout import PAIRING, Layout, RecomputePart
 
 GAIN = 1e-3
 """Share of the step that a change must save."""
+PARTS: tuple[tuple[RecomputePart, ...], ...] = (("norms",), ("activation",), ("norms", "activation"), ("core",))
+"""What may run again instead of whole layers: the first three add next to nothing to the step."""
 
 
 def refined(plan: Plan, estimator: Estimator) -> Plan:
@@ -72,6 +75,8 @@ def neighbours(estimator: Estimator, layout: Layout) -> Iterator[Layout]:
     yield from _orders(layout, estimator.cluster.fabric.domain)
     if layout.pp > 1 and layout.stage_layers is None:
         yield from _balanced(estimator, layout)
+    if layout.sp and not layout.async_tp:
+        yield replace(layout, async_tp=True)
     if layout.pp > 1 and layout.ep > 1 and not layout.async_ep:
         yield from _paired(layout)
 
@@ -85,8 +90,9 @@ def _recomputes(estimator: Estimator, layout: Layout) -> Iterator[Layout]:
         yield plain
         return
     held = -(-estimator.model.layers // (layout.pp * layout.chunks))
-    for mode in ("full", "selective"):
-        some = [replace(plain, recompute=mode, recompute_layers=n) for n in range(1, held)]
+    modes = [replace(plain, recompute="selective", recompute_parts=parts) for parts in PARTS]
+    for mode in (replace(plain, recompute="full"), *modes):
+        some = [replace(mode, recompute_layers=n) for n in range(1, held)] + [mode]
         least = bisect_left(some, True, key=lambda x: (p := price_of(estimator, x)) is not None and p.fits)
         yield from some[least : least + 1]
 
