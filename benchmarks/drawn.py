@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from meshwright.cost.memory import stage_memory
+from meshwright.cost.memory import state_bytes
 from meshwright.cost.program import Place, rank_program
 from meshwright.schedule.orders import check_micro_batches, layout_schedule
 from meshwright.schedule.stages import alike_stages, stage_chunks
@@ -120,12 +120,14 @@ def _is_quick(model: Model, layout: Layout, workload: Workload, runs: int) -> bo
 
 
 def _held(model: Model, layout: Layout, workload: Workload) -> list[int]:
-    """What each stage holds by the estimate."""
+    """State of each stage, and what its forwards keep: most of what it holds."""
     schedule, out = layout_schedule(layout, micro_batches(layout, workload)), [0] * layout.pp
     for members in alike_stages(model, layout):
         program = rank_program(model, layout, workload, Place(members[0]))
+        state = sum(state_bytes(program, layout).values())
+        saved = [sum(piece.saved_bytes * repeat for piece, repeat in chunk) for chunk in program.chunks]
         for stage in members:
-            out[stage] = stage_memory(program, layout, schedule, stage, overhead=0).total_bytes
+            out[stage] = state + schedule.peak(stage, saved)
     return out
 
 

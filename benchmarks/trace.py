@@ -22,7 +22,8 @@ from typing import Any
 from benchmarks.drawn import Case, case
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.notation import parse_layout
-from meshwright.trace.check import Check, check_stage
+from meshwright.spec.workload import Workload
+from meshwright.trace.check import Check, check_stage, estimated_peak
 from meshwright.trace.engine import trace_ranks
 from meshwright.trace.step import RUN
 
@@ -59,6 +60,15 @@ def _stage(check: Check, section: str) -> Result:
         "estimated": check.estimated_peak_bytes,
         "at": section,
     }
+
+
+def estimated_again(result: Result) -> Result:
+    """With today's estimate of the peaks: what was traced stays true while the cost model changes."""
+    model, layout, stages = load_model(result["model"]), parse_layout(result["layout"]), []
+    workload = Workload(result["seq"], result["global_batch"])
+    for rank, stage in zip(result["ranks"], result["stages"], strict=True):
+        stages.append(stage | {"estimated": estimated_peak(rank, model, layout, workload)})
+    return result | {"stages": stages}
 
 
 def fullest(result: Result) -> Result:
@@ -132,7 +142,7 @@ def _classes() -> Iterator[tuple[str, Callable[[Result], bool]]]:
 def _known(path: Path | None) -> dict[tuple[str, str, int, int], Result]:
     if path is None or not path.exists():
         return {}
-    results = [json.loads(line) for line in path.read_text().splitlines()]
+    results = [estimated_again(json.loads(line)) for line in path.read_text().splitlines()]
     return {_key(result["model"], result["layout"], result["seq"], result["global_batch"]): result for result in results}
 
 

@@ -102,6 +102,7 @@ def _loss(piece: Piece, practice: Practice, model: Model, layout: Layout, tokens
         backward=tuple(_scaled(piece.backward, factor)),
         saved_bytes=max(0, residual),
         working_bytes=LOSS_BYTES[practice.loss] * logits,
+        loss_bytes=0,
     )
 
 

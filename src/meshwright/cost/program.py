@@ -132,6 +132,7 @@ def _local(layout: Layout) -> Layout:
         recompute_parts=layout.recompute_parts,
         recompute_layers=layout.recompute_layers,
         precision=layout.precision,
+        gradient_dtype=layout.gradient_dtype,
         order=layout.order,
     )
 
