@@ -10,7 +10,7 @@ from meshwright.cost.adapt import as_practised, is_recomputed, with_buckets_of, 
 from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
 from meshwright.cost.kernels import Kernels
-from meshwright.cost.memory import StageMemory, boundary_bytes, in_flight_bytes, passing_bytes, stage_memory, state_bytes
+from meshwright.cost.memory import StageMemory, beside_bytes, in_flight_bytes, passing_bytes, stage_memory, state_bytes
 from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
 from meshwright.cost.ops import PART, Attention, Collective, Elementwise, Gemm, Op, Piece, Under
 from meshwright.cost.peak import fullest
@@ -246,7 +246,7 @@ class Estimator:
                 most = max(most, len(sends))
                 if self.practice == OWN:
                     program = replace(state.program, chunks=chunks, boundary=sends)
-                    passing = fullest(program, layout, schedule, stage).total + boundary_bytes(program)
+                    passing = fullest(program, layout, schedule, stage).total + beside_bytes(program)
                 else:  # other software lets go of whole gradients layer by layer
                     held = in_flight_bytes(chunks, schedule, stage, layout)
                     passing = sum(passing_bytes(pieces, held, sum(c.bytes for c in sends)).values())

@@ -63,10 +63,11 @@ class ChunkBytes:
 def put_off_bytes(piece: Piece, width: int) -> int:
     """What the weights' half of a backward needs: the inputs of linears, once for those that share one, and the gradients of their
     outputs; elements of `width` bytes."""
-    inputs: dict[tuple[str, int], int] = {}
+    inputs: dict[tuple[str, int, int], int] = {}
     gradients = 0
     for gemm in weight_gradients(piece):
-        inputs[gemm.name.rsplit(".", 1)[0] if "." in gemm.name else gemm.name, gemm.n] = gemm.n * gemm.k * gemm.groups
+        place = gemm.name.rsplit(".", 1)[0] if "." in gemm.name else gemm.name
+        inputs[place, gemm.n, gemm.k] = gemm.n * gemm.k * gemm.groups
         gradients += gemm.m * gemm.k
     return width * (sum(inputs.values()) + gradients)
 

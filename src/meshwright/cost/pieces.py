@@ -72,6 +72,14 @@ class Shapes:
         bytes_ = StateBytes.of(self.layout)
         return rows * columns * self.q if bytes_.gradient > bytes_.compute else 0
 
+    def columns_working(self, inner: int) -> int:
+        """Of the backward of column-parallel linears: dx of all tokens, and with sequence parallel their gathered input and this rank's
+        part of dx. In pieces dx is one piece, and beside it are the sum that arrives, the one that leaves and the one before."""
+        whole, piece = self.T * inner * self.q, self.t * inner * self.q
+        if self.layout.async_tp:
+            return whole + 4 * piece
+        return 2 * whole + piece if self.layout.sp else whole
+
     @property
     def norm(self) -> Elementwise:
         return Elementwise("norm", 2 * self.residual_bytes)
@@ -439,9 +447,12 @@ def _routing_saved(s: Shapes, experts: Experts) -> int:
     return s.u * experts.count * s.exact + weights + orders + copies
 
 
-def _grouped_backward(name: str, rows: int, width: int, inner: int, groups: int) -> tuple[Gemm, Gemm]:
-    each = -(-rows // groups)
-    return Gemm(f"{name} dx", rows, inner, width, groups), Gemm(f"{name} dw", width * groups, inner, each, groups)
+def _grouped_backward(name: str, rows: int, width: int, inner: int, groups: int) -> tuple[Gemm, ...]:
+    """Of weights' gradients those of the experts that get one row more stand apart, where the rows do not divide."""
+    each, more = divmod(rows, groups)
+    shares = ((groups - more, each), (more, each + 1))
+    weights = (Gemm(f"{name} dw", width * count, inner, share, count) for count, share in shares if count and share)
+    return Gemm(f"{name} dx", rows, inner, width, groups), *weights
 
 
 @lru_cache(maxsize=512)
@@ -477,8 +488,7 @@ def head_piece(model: Model, layout: Layout, seq: int, tp_rank: int) -> Piece:
     # The loss's backward makes the gradient of the logits in the softmax's precision, on one device that of the log-softmax too, and then
     # as narrow as the logits. That is left when the softmax is gone, and the head makes dx beside it, of tokens that it gathers again.
     passes = logits * (2 * exact if layout.tp == 1 else exact + (s.q if s.q < exact else 0))
-    whole = s.T * model.hidden * s.q * (2 if layout.sp and not layout.async_tp else 1)
-    working = max(0, logits * (s.q - exact) + whole + s.product_bytes(vocab, model.hidden))
+    working = max(0, logits * (s.q - exact) + s.columns_working(model.hidden) + s.product_bytes(vocab, model.hidden))
     return Piece("head", forward, backward, saved, working, loss_bytes=passes)
 
 
