@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-
 from functools import partial
 from typing import Any
 
@@ -106,8 +105,8 @@ def peak(model: Model, workload: Workload, layout: Layout) -> int:
 
 
 def measured(pool: RankPool) -> Iterator[tuple[Model, str, int, int, int]]:
-    """Model, layout, and bytes of the rank that holds most: counted, traced, estimated. With experts, means over the ranks of its stage: routers
-    send what they like."""
+    """Model, layout, and bytes of the rank that holds most: counted, traced, estimated. With experts, means over the ranks of its
+    stage: routers send what they like."""
     for model, text in CASES:
         layout = parse_layout(text)
         counted = pool.run(peak, layout.world, model, WORKLOAD, layout)

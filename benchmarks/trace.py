@@ -2,9 +2,9 @@
 
     python -m benchmarks.trace [--count 200] [--seed 0] [--json PATH] [--markdown PATH]
 
-Of every layout one stage of each kind is run, and the one of each kind that should hold most. Every line of the program is compared: calls and
-bytes of every collective, state, saved bytes, products and attention; and the peak of the fullest stage. Results are added to the JSON file, one
-layout a line, as they come, and what is there already is not run again: delete it after a change.
+Of every layout one stage of each kind is run, and the one of each kind that should hold most. Every line of the program is compared:
+calls and bytes of every collective, state, saved bytes, products and attention; and the peak of the fullest stage. Results are added
+to the JSON file, one layout a line, as they come, and what was traced is not traced again: delete the file after a change of the engine.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.drawn import Case, case
+
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.workload import Workload
@@ -88,7 +89,8 @@ def markdown(results: Sequence[Result], seed: int) -> Iterator[str]:
     stages = [stage for result in results for stage in result["stages"]]
     lines = sum((Counter(stage["lines"]) for stage in stages), Counter())
     worlds = [parse_layout(result["layout"]).world for result in results]
-    yield f"{len(results)} layouts of {len({r['model'] for r in results})} models (seed {seed}), on {min(worlds)} to {max(worlds):,} ranks; "
+    models = len({result["model"] for result in results})
+    yield f"{len(results)} layouts of {models} models (seed {seed}), on {min(worlds)} to {max(worlds):,} ranks;"
     yield f"{len(stages):,} stages were run.\n"
     yield "| compared | lines | equal | layouts with a difference |"
     yield "|---|---|---|---|"

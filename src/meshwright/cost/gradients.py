@@ -116,8 +116,8 @@ def _last_in_layer(bucket: Bucket) -> tuple[bool, bool]:
 
 
 def _parts(program: Program) -> tuple[tuple[tuple[Part, ...], ...], ...]:
-    """Of each unit of each chunk. Norms, biases, routers and embeddings are no linears, whose gradients alone can be put off; the final norm
-    goes with the head."""
+    """Of each unit of each chunk. Norms, biases, routers and embeddings are no linears, whose gradients alone can be put off; the
+    final norm goes with the head."""
     last = max(((c, len(units) - 1) for c, units in enumerate(program.units)), key=lambda at: _is_end(program, at))
     places: dict[str, list[tuple[int, int]]] = {}
     for c, units in enumerate(program.units):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from meshwright.cost.offload import PLACES, away, keeps_parameters_away
 from meshwright.cost.ops import Piece
-from meshwright.cost.peak import Moment, fullest, moments, put_off_bytes
+from meshwright.cost.peak import fullest, moments, put_off_bytes
 from meshwright.cost.program import Pieces, Program
 from meshwright.cost.units import unit_buffer_bytes
 from meshwright.schedule.actions import Schedule
@@ -74,10 +74,7 @@ def beside_bytes(program: Program) -> int:
 
 def gradient_buffer_bytes(program: Program, layout: Layout, schedule: Schedule, stage: int) -> int:
     """Of the buffers that a rank of `stage` has for whole gradients when a step is over, beyond those for the parameters of units."""
-    last = Moment()
-    for last in moments(program, layout, schedule, stage):
-        pass
-    return last.gradients
+    return max(moment.gradients for moment in moments(program, layout, schedule, stage))
 
 
 def in_flight_bytes(chunks: tuple[Pieces, ...], schedule: Schedule, stage: int, layout: Layout) -> int:
@@ -90,5 +87,7 @@ def in_flight_bytes(chunks: tuple[Pieces, ...], schedule: Schedule, stage: int, 
 
 
 def passing_bytes(pieces: tuple[tuple[Piece, int], ...], activations: int, sent: int) -> dict[str, int]:
-    """What comes and goes with micro-batches; a boundary tensor may be waiting to be sent while the next is received."""
-    return {"activations": activations, "working": max(max(p.working_bytes, p.loss_bytes) for p, _ in pieces) + 2 * sent}
+    """What comes and goes with micro-batches, the most of each; a boundary tensor may be waiting to be sent while the next is received. When
+    the embedding makes its gradient, its micro-batch's activations are gone."""
+    working = max((max(p.working_bytes, p.loss_bytes) for p, _ in pieces if p.name != "embedding"), default=0)
+    return {"activations": activations, "working": working + 2 * sent}

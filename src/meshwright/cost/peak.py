@@ -1,8 +1,8 @@
 """The fullest moment of a step: what a rank holds beside its state, computation by computation.
 
-A forward leaves what its pieces save. A backward goes through them from the last to the first: what a piece saved is there until it is through,
-and while it runs there are its temporaries too. Of a backward in two halves the first leaves, instead of what was saved, the inputs of linears
-and the gradients of their outputs, until the second is through. The buffers of whole gradients only grow.
+A forward leaves what its pieces save. A backward goes through them from the last to the first: what a piece saved is there until it
+is through, and while it runs there are its temporaries too. Of a backward in two halves the first leaves, instead of what was saved,
+the inputs of linears and the gradients of their outputs, until the second is through. The buffers of whole gradients only grow.
 """
 
 from __future__ import annotations
