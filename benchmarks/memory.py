@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from memory_ranks import Held, held
-from meshwright.cost.memory import stage_memory
+from meshwright.cost.memory import gradient_buffer_bytes, in_flight_bytes, state_bytes
 from meshwright.cost.program import Place, rank_program
+from meshwright.cost.units import unit_buffer_bytes
 from meshwright.parallel.ranks import RankPool
 from meshwright.schedule.orders import layout_schedule
 from meshwright.spec.layout import Layout
@@ -43,11 +44,6 @@ LAYER_NORM = Model(
 )  # fmt: skip
 
 What = Literal["kept", "state", "activations"]
-CATEGORIES: dict[What, tuple[str, ...]] = {
-    "kept": ("parameters", "gradients", "optimizer"),
-    "state": ("parameters", "gradients", "optimizer", "units", "whole gradients"),
-    "activations": ("activations",),
-}
 
 
 @dataclass(frozen=True)
@@ -170,8 +166,12 @@ def estimated(group: Group, layout: Layout, rank: Held) -> int:
     """The same by formula, as `meshwright estimate` shows it."""
     program = rank_program(group.model, layout, WORKLOAD, Place(rank.stage, *rank.seat))
     schedule = layout_schedule(layout, micro_batches(layout, WORKLOAD))
-    held = stage_memory(program, layout, schedule, rank.stage, overhead=0).categories
-    return sum(held.get(name, 0) for name in CATEGORIES[group.what])
+    if group.what == "activations":
+        return in_flight_bytes(program.chunks, schedule, rank.stage, layout)
+    kept = sum(state_bytes(program, layout).values())
+    if group.what == "kept":
+        return kept
+    return kept + unit_buffer_bytes(program, layout) + gradient_buffer_bytes(program, layout, schedule, rank.stage)
 
 
 def markdown(group: Group, rows: list[Row]) -> Iterable[str]:

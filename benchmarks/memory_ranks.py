@@ -83,16 +83,16 @@ class Held:
 def held(model: Model, workload: Workload, layout: Layout) -> Held:
     """What this rank holds in the second step of a training."""
     mesh = build_mesh(layout, model, torch.device("cpu"))
-    batches = [_batches(mesh, model, workload, step) for step in range(2)]
+    data = [batches(mesh, model, workload, step) for step in range(2)]
     with LiveStorages() as live:
         engine = apply(
             model, workload, mesh, lambda shard: shard.of(initial_value(model, shard.name, shard.global_shape, 0))
         )
         optimizer = Optimizer(Recipe(), engine.state)
-        _step(engine, optimizer, 0, batches[0])
+        train_step(engine, optimizer, 0, data[0])
         state = live.alive()
         with _after_forwards(live, state) as (activations, passing):
-            _step(engine, optimizer, 1, batches[1])
+            train_step(engine, optimizer, 1, data[1])
     kept = (
         sum(bucket.parameters.nbytes + bucket.gradients.nbytes for bucket in engine.state.buckets) + optimizer.state_bytes()
     )
@@ -100,7 +100,7 @@ def held(model: Model, workload: Workload, layout: Layout) -> Held:
     return Held(mesh.stage, (seat.tp, seat.ep, seat.etp), kept, state, max(activations), max(passing))
 
 
-def _batches(mesh: Mesh, model: Model, workload: Workload, step: int) -> list[list[Tensor]]:
+def batches(mesh: Mesh, model: Model, workload: Workload, step: int) -> list[list[Tensor]]:
     """Tokens and labels of each micro-batch."""
     layout = mesh.layout
     generator = torch.Generator().manual_seed(1000 * step + mesh["dp"].index)
@@ -111,7 +111,7 @@ def _batches(mesh: Mesh, model: Model, workload: Workload, step: int) -> list[li
     ]
 
 
-def _step(engine: Engine, optimizer: Optimizer, step: int, data: list[list[Tensor]]) -> None:
+def train_step(engine: Engine, optimizer: Optimizer, step: int, data: list[list[Tensor]]) -> None:
     _, squared = engine.forward_backward(data).tolist()
     optimizer.step(step, squared)
 

@@ -16,9 +16,10 @@ from meshwright.cost.collectives import WIRE_FACTOR, CollectiveTimes
 from meshwright.cost.estimate import Estimate, Estimator, estimate
 from meshwright.cost.flops import model_flops_per_token
 from meshwright.cost.kernels import Kernels, interpolate
-from meshwright.cost.memory import away_bytes, stage_memory, state_bytes
+from meshwright.cost.memory import away_bytes, gradient_buffer_bytes, stage_memory, state_bytes
 from meshwright.cost.offload import OffloadCost
 from meshwright.cost.ops import Attention, Collective, Gemm, Op, Piece, Under
+from meshwright.cost.peak import ChunkBytes
 from meshwright.cost.pieces import layer_piece
 from meshwright.cost.program import Place, Program, rank_program
 from meshwright.cost.traffic import collectives, step_collectives, step_traffic
@@ -337,6 +338,35 @@ def test_recompute_of_the_mlp_keeps_its_input_alone() -> None:
     assert repeated == ["mlp.gate_up.gate", "mlp.gate_up.up", "mlp.down"]
     both = layer_piece(SMALL, parse_layout("mb2 ac:core+mlp"), WORK.seq, None)
     assert again.saved_bytes - both.saved_bytes == SMALL.heads * 2 * WORK.seq * 4  # the log-sum-exp
+
+
+def test_weights_of_experts_get_a_gradient_of_every_row() -> None:
+    """Rows that do not divide by the experts too: their products are as large as those that make the gradient of the rows."""
+    model = load_model("mixtral-8x7b")
+    piece = layer_piece(model, parse_layout("mb1"), 1001, None, moe=True)
+    gemms = [op for op in piece.backward if isinstance(op, Gemm) and op.name.startswith("moe.experts")]
+    weights, rows = (sum(g.flops for g in gemms if g.is_weight_gradient is it) for it in (True, False))
+    assert weights == rows > 0
+
+
+def test_a_split_backward_hands_on_inputs_and_output_gradients_alone() -> None:
+    """Not what was saved; with full recompute that is more than the layers' inputs, which is all that was."""
+    for mode, less in (("", True), ("ac:full", False)):
+        layout = parse_layout(f"pp2:zb-h1 mb1 {mode} fp32")
+        its = ChunkBytes.of(rank_program(SMALL, layout, WORK, Place(0)).chunks[0], layout)
+        assert its.deferred > 0
+        assert (its.deferred < its.kept) is less
+
+
+def test_gradients_of_chunks_fill_a_bucket_together() -> None:
+    """A bucket of several chunks is whole from the first to come until the last, so more are at once than where one chunk fills each in
+    turn."""
+    model, work = load_model("llama-3.2-1b"), Workload(1024, 32)
+    one, three = (
+        gradient_buffer_bytes(rank_program(model, x, work, Place()), x, layout_schedule(x, 8), 0)
+        for x in (parse_layout(f"dp4:zero2 tp8:sp {pp} mb1 bf16 grads:bf16") for pp in ("pp2", "pp2x3:interleaved"))
+    )
+    assert 0 < one < three
 
 
 def test_activations_are_those_of_the_micro_batches_in_flight() -> None:

@@ -24,7 +24,7 @@ def plan(
     refine: Annotated[
         bool,
         typer.Option(
-            "--refine", help="Try partial recompute, offload, rank orders, uneven stages and pairs on the finalists."
+            "--refine", help="Try partial recompute, offload, rank orders, uneven stages and async modes on the finalists."
         ),
     ] = False,
     pareto: Annotated[bool, typer.Option("--pareto", help="Also show what leaving memory free costs in speed.")] = False,

@@ -149,6 +149,7 @@ def _loss(piece: Piece, practice: Practice, model: Model, layout: Layout, tokens
         saved_bytes=max(0, residual),
         working_bytes=(LOSS_BYTES[practice.loss] + (GATHERED_BYTES if gathers else 0))
         * (min(logits, tokens * model.hidden) if practice.loss == "chunked" else logits),
+        loss_bytes=0,
     )
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from meshwright.cost.adapt import as_practised, is_recomputed, with_buckets_of, with_gradients_of
 from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
-from meshwright.cost.gradients import STEADY, gradient_buffer_bytes
 from meshwright.cost.kernels import Kernels
-from meshwright.cost.memory import StageMemory, in_flight_bytes, passing_bytes, stage_memory, state_bytes
+from meshwright.cost.memory import StageMemory, beside_bytes, in_flight_bytes, passing_bytes, stage_memory, state_bytes
 from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
 from meshwright.cost.ops import PART, Attention, Collective, Elementwise, Gemm, Op, Piece, Under
+from meshwright.cost.peak import fullest
 from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.program import Pieces, Place, Program, boundary, chunk_pieces, rank_program
 from meshwright.cost.steady import play_layout, step_end
@@ -163,6 +163,8 @@ class _State:
     """Seconds of the step's other collectives and of the optimizer."""
     passes: Passes
     bytes: int
+    program: Program
+    """Whose chunks are of one micro-batch and recompute."""
 
 
 _STATE_FIELDS = tuple(f.name for f in fields(Layout) if f.name != "micro_batch" and not f.name.startswith("recompute"))
@@ -247,9 +249,13 @@ class Estimator:
                 seconds[stage] = [self._in_schedule(d, layout) for d in each]
                 sends = boundary(self.model, layout, self.workload.seq, stage)
                 most = max(most, len(sends))
-                held = in_flight_bytes(chunks, schedule, stage, layout)
-                passing = passing_bytes(chunks, held, sum(c.bytes for c in sends), schedule.paired)
-                peak = max(peak, state.bytes + sum(passing.values()) + self.overhead)
+                if self.practice == OWN:
+                    program = replace(state.program, chunks=chunks, boundary=sends)
+                    passing = fullest(program, layout, schedule, stage).total + beside_bytes(program)
+                else:  # other software lets go of whole gradients layer by layer
+                    held = in_flight_bytes(chunks, schedule, stage, layout)
+                    passing = sum(passing_bytes(pieces, held, sum(c.bytes for c in sends)).values())
+                peak = max(peak, state.bytes + passing + self.overhead)
             if self.cluster.node.compute_slots is not None:
                 busy = self.durations(pieces, layout, shared=True)
                 floor += (busy.forward + busy.backward) * len(members) * m / layout.pp
@@ -259,18 +265,15 @@ class Estimator:
 
     def _state(self, layout: Layout, stage: int) -> _State:
         """What a stage's parameters cost, whatever the micro-batch: layouts that share it plan their buckets once."""
-        m = min(micro_batches(layout, self.workload), STEADY)
-        key = (*(getattr(layout, name) for name in _STATE_FIELDS), stage, m)
+        key = (*(getattr(layout, name) for name in _STATE_FIELDS), stage)
         if key not in self._states:
             program = self.reduced_program(layout, Place(stage))
             self._states[key] = _State(
                 tuple(self.times.seconds(c) for c in program.gradient_reductions),
                 self._rest(program, layout),
                 self._passes(program, layout),
-                self._state_bytes(program, layout)
-                + unit_buffer_bytes(program, layout)
-                # Other software lets go of whole gradients layer by layer.
-                + (gradient_buffer_bytes(program, layout, m) if self.practice == OWN else 0),
+                self._state_bytes(program, layout) + unit_buffer_bytes(program, layout),
+                program,
             )
         return self._states[key]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from meshwright.cost.program import Program
 from meshwright.cost.units import unit_buffer_bytes, unit_elements
@@ -14,29 +15,99 @@ from meshwright.spec.precision import WIDTH, StateDtypes
 IN_FLIGHT = 2
 """Reductions under way at once; more than two buffers of a bucket's size are in use while a third one is filled."""
 STEADY = 3
-"""Micro-batches after which nothing changes any more."""
+"""Micro-batches on one chunk after which nothing changes any more."""
 
 
-def gradient_buffer_bytes(program: Program, layout: Layout, micro_batches: int) -> int:
-    """Of the buffers that a rank keeps for gradients, beyond those that it has for the parameters of units.
+class Part(NamedTuple):
+    """What one unit of a chunk adds to a bucket: gradients that come with the first half of a split backward, and with the second."""
+
+    bucket: int
+    first: int
+    second: int
+
+
+class GradientBuffers:
+    """`bytes`: of the buffers that a rank keeps for gradients, beyond those that it has for the parameters of units, while its backwards
+    pass.
 
     A bucket is whole from the first of its gradients until its reduction is over, which is waited for when a third one is to start;
-    from the second micro-batch on what the reduction leaves here is added to what is kept, out of one more buffer. Buffers are kept for
-    the next of the same size and dtype, whether of parameters or of gradients.
+    from its second reduction on, what that leaves here is added to what is kept, out of one more buffer. Several chunks may fill a bucket
+    together; it is reduced when as many gradients are in as one micro-batch gives on all of them. Buffers are kept for the next of the same
+    size and dtype, whether of parameters or of gradients.
     """
-    if layout.zero < 2 or all(bucket.cuts == 1 for bucket in program.buckets):
-        return 0
-    gradient = StateDtypes.of(layout).gradient
-    shared = gradient == layout.precision
-    parameters = unit_elements(program, layout) if shared else None
-    most: dict[int, int] = {}
-    for unit, coming, whole in _backward(program, micro_batches):
-        live = whole if parameters is None else whole + parameters(unit, coming)
-        for numel, count in live.items():
-            if count > most.get(numel, 0):
-                most[numel] = count
-    held = WIDTH[gradient] * sum(numel * count for numel, count in most.items())
-    return max(0, held - unit_buffer_bytes(program, layout)) if shared else held
+
+    def __init__(self, program: Program, layout: Layout):
+        self.buckets, self.is_used = program.buckets, layout.zero >= 2 and any(b.cuts > 1 for b in program.buckets)
+        self.bytes = 0
+        if not self.is_used:
+            return
+        gradient = StateDtypes.of(layout).gradient
+        self._width, shared = WIDTH[gradient], gradient == layout.precision
+        self._parameters = unit_elements(program, layout) if shared else None
+        self._free = unit_buffer_bytes(program, layout) if shared else 0
+        self.units = program.units
+        self._parts = _parts(program)
+        self._expected = [0] * len(self.buckets)
+        for chunk in self._parts:
+            for parts in chunk:
+                for part in parts:
+                    self._expected[part.bucket] += part.first + part.second
+        self._missing = list(self._expected)
+        self._whole: Counter[int] = Counter()
+        self._most: dict[int, int] = {}
+        self._under_way: deque[tuple[int, ...]] = deque()
+        self._reduced: set[int] = set()
+
+    def backward(self, chunk: int, *, split: bool) -> Iterator[int]:
+        """Places of the chunk's units, from the last, each as often as the buffers change while backward is there."""
+        units = self.units[chunk]
+        for place in reversed(range(len(units))):
+            coming = units[place - 1] if place else None
+            adding = [(part.bucket, part.first + (0 if split else part.second)) for part in self._parts[chunk][place]]
+            for _ in self._added([one for one in adding if one[1]], units[place], coming):
+                yield place
+
+    def weights(self, chunk: int) -> Iterator[None]:
+        """The second half of a split backward."""
+        for parts in self._parts[chunk][::-1]:
+            yield from self._added([(part.bucket, part.second) for part in parts if part.second], None, None)
+
+    def _added(self, adding: list[tuple[int, int]], unit: str | None, coming: str | None) -> Iterator[None]:
+        for at, _ in adding:
+            self._take(at)
+        self._count(unit, coming)
+        yield
+        for at, count in adding:
+            self._missing[at] -= count
+            while self._missing[at] <= 0:
+                self._reduce(at)
+                self._count(unit, None)
+                yield
+                if self._missing[at] < self._expected[at]:
+                    self._whole[self.buckets[at].numel] += 1
+
+    def _take(self, at: int) -> None:
+        if self._missing[at] == self._expected[at]:
+            self._whole[self.buckets[at].numel] += 1
+
+    def _reduce(self, at: int) -> None:
+        while len(self._under_way) >= IN_FLIGHT:
+            self._whole.subtract(self._under_way.popleft())
+        bucket = self.buckets[at]
+        part = (bucket.owned,) if at in self._reduced else ()
+        self._reduced.add(at)
+        self._whole.update(part)
+        self._under_way.append((bucket.numel, *part))
+        self._missing[at] += self._expected[at]
+
+    def _count(self, unit: str | None, coming: str | None) -> None:
+        in_use = self._whole
+        if self._parameters is not None and unit is not None:
+            in_use = in_use + self._parameters(unit, coming)
+        for numel, count in in_use.items():
+            if count > self._most.get(numel, 0):
+                self._most[numel] = count
+        self.bytes = max(0, self._width * sum(numel * count for numel, count in self._most.items()) - self._free)
 
 
 def _last_in_layer(bucket: Bucket) -> tuple[bool, bool]:
@@ -44,37 +115,30 @@ def _last_in_layer(bucket: Bucket) -> tuple[bool, bool]:
     return not bucket.decay, not bucket.routed
 
 
-def _backward(program: Program, micro_batches: int) -> Iterator[tuple[str, str | None, Counter[int]]]:
-    """Wherever they change in the backwards of a step: the unit, the one before it in the model, and how many buffers of each size hold
-    gradients."""
-    order = [unit for units in program.units for unit in units][::-1]
-    known = Counter(order)
-    waits: dict[int, int] = {}
-    touched: dict[str, list[int]] = {}
-    for at, bucket in sorted(enumerate(program.buckets), key=lambda one: _last_in_layer(one[1])):
-        units = {unit_of(shard.name) for shard in bucket.shards} if bucket.cuts > 1 else set()
-        units = {unit if unit in known else order[0] for unit in units}  # the final norm goes with the head
-        waits[at] = sum(known[unit] for unit in units)
-        for unit in units:
-            touched.setdefault(unit, []).append(at)
-    whole: Counter[int] = Counter()
-    under_way: deque[tuple[int, ...]] = deque()
-    reduced: set[int] = set()
-    for _ in range(min(micro_batches, STEADY)):
-        missing = dict(waits)
-        for place, unit in enumerate(order):
-            for at in touched.get(unit, ()):
-                if missing[at] == waits[at]:
-                    whole[program.buckets[at].numel] += 1
-            yield unit, order[place + 1] if place + 1 < len(order) else None, whole
-            for at in touched.get(unit, ()):
-                missing[at] -= 1
-                if missing[at] == 0:
-                    bucket = program.buckets[at]
-                    while len(under_way) >= IN_FLIGHT:
-                        whole.subtract(under_way.popleft())
-                    part = (bucket.owned,) if at in reduced else ()
-                    reduced.add(at)
-                    whole.update(part)
-                    under_way.append((bucket.numel, *part))
-                    yield unit, None, whole
+def _parts(program: Program) -> tuple[tuple[tuple[Part, ...], ...], ...]:
+    """Of each unit of each chunk. Norms, biases, routers and embeddings are no linears, whose gradients alone can be put off; the
+    final norm goes with the head."""
+    last = max(((c, len(units) - 1) for c, units in enumerate(program.units)), key=lambda at: _is_end(program, at))
+    places: dict[str, list[tuple[int, int]]] = {}
+    for c, units in enumerate(program.units):
+        for place, unit in enumerate(units):
+            places.setdefault(unit, []).append((c, place))
+    found: dict[tuple[int, int], list[Part]] = {at: [] for its in places.values() for at in its}
+    for index, bucket in sorted(enumerate(program.buckets), key=lambda one: _last_in_layer(one[1])):
+        if bucket.cuts == 1:
+            continue
+        counts: dict[tuple[int, int], list[int]] = {}
+        for shard in bucket.shards:
+            unit = unit_of(shard.name)
+            for at in places.get(unit, [last]):
+                is_linear = shard.gathered and not (unit == "embedding" and at[1] == 0)
+                counts.setdefault(at, [0, 0])[is_linear] += 1
+        for at, (first, second) in counts.items():
+            found[at].append(Part(index, first, second))
+    return tuple(tuple(tuple(found[c, p]) for p in range(len(units))) for c, units in enumerate(program.units))
+
+
+def _is_end(program: Program, at: tuple[int, int]) -> tuple[bool, int]:
+    """Whether the chunk holds the end of the model, which its head says."""
+    pieces = program.chunks[at[0]]
+    return pieces[-1][0].name == "head", at[0]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from meshwright.cost.gradients import gradient_buffer_bytes
 from meshwright.cost.offload import PLACES, away, keeps_parameters_away
-from meshwright.cost.ops import Gemm, Piece, Under
+from meshwright.cost.ops import Piece
+from meshwright.cost.peak import fullest, moments, put_off_bytes
 from meshwright.cost.program import Pieces, Program
 from meshwright.cost.units import unit_buffer_bytes
 from meshwright.schedule.actions import Schedule
@@ -20,7 +19,7 @@ STEP_COUNTER_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """Peak bytes of a rank of `stage`."""
+    """Bytes of a rank of `stage` at the fullest moment of a step."""
 
     stage: int
     categories: dict[str, int]
@@ -56,18 +55,26 @@ def away_bytes(program: Program, layout: Layout) -> dict[str, int]:
 
 
 def stage_memory(program: Program, layout: Layout, schedule: Schedule, stage: int, overhead: int) -> StageMemory:
-    """State, activations of the micro-batches in flight, temporaries, and what the runtime itself takes.
+    """State, activations, temporaries and buffers at the fullest moment of a step, and what the runtime itself takes.
 
     `overhead`: bytes of context, communication library and allocator.
     """
-    sent = sum(c.bytes for c in program.boundary)
-    held = in_flight_bytes(program.chunks, schedule, stage, layout)
-    passing = passing_bytes(program.chunks, held, sent, schedule.paired)
+    moment = fullest(program, layout, schedule, stage)
     units = {"units": nbytes} if (nbytes := unit_buffer_bytes(program, layout)) else {}
-    whole = gradient_buffer_bytes(program, layout, schedule.micro_batches)
-    buffers = units | ({"whole gradients": whole} if whole else {})
+    buffers = units | ({"whole gradients": moment.gradients} if moment.gradients else {})
+    passing = {"activations": moment.activations, "working": moment.working + beside_bytes(program)}
     categories = state_bytes(program, layout) | buffers | passing | {"overhead": overhead}
     return StageMemory(stage, categories, away_bytes(program, layout))
+
+
+def beside_bytes(program: Program) -> int:
+    """What is there at any moment: the step's data, and a boundary tensor that waits to be sent while the next is received."""
+    return program.data + 2 * sum(c.bytes for c in program.boundary)
+
+
+def gradient_buffer_bytes(program: Program, layout: Layout, schedule: Schedule, stage: int) -> int:
+    """Of the buffers that a rank of `stage` has for whole gradients when a step is over, beyond those for the parameters of units."""
+    return max(moment.gradients for moment in moments(program, layout, schedule, stage))
 
 
 def in_flight_bytes(chunks: tuple[Pieces, ...], schedule: Schedule, stage: int, layout: Layout) -> int:
@@ -79,23 +86,8 @@ def in_flight_bytes(chunks: tuple[Pieces, ...], schedule: Schedule, stage: int, 
     return schedule.peak(stage, saved, [sum(put_off_bytes(piece, width) * repeat for piece, repeat in c) for c in chunks])
 
 
-def put_off_bytes(piece: Piece, width: int) -> int:
-    """What the weights' half of a backward needs: the inputs of linears, once for those that share one, and the gradients of their
-    outputs; elements of `width` bytes."""
-    inputs: dict[tuple[str, int], int] = {}
-    gradients = 0
-    for op in piece.backward:
-        for gemm in op.work if isinstance(op, Under) else (op,):
-            if isinstance(gemm, Gemm) and gemm.is_weight_gradient:
-                inputs[gemm.name.rsplit(".", 1)[0] if "." in gemm.name else gemm.name, gemm.n] = (
-                    gemm.n * gemm.k * gemm.groups
-                )
-                gradients += gemm.m * gemm.k
-    return width * (sum(inputs.values()) + gradients)
-
-
-def passing_bytes(chunks: Sequence[Pieces], activations: int, sent: int, paired: bool) -> dict[str, int]:
-    """What comes and goes with micro-batches; a boundary tensor may be waiting to be sent while the next is received. The two passes of
-    a pair, of two chunks, have temporaries at the same time."""
-    working = [max(piece.working_bytes for piece, _ in chunk) for chunk in chunks]
-    return {"activations": activations, "working": (sum(working) if paired else max(working)) + 2 * sent}
+def passing_bytes(pieces: tuple[tuple[Piece, int], ...], activations: int, sent: int) -> dict[str, int]:
+    """What comes and goes with micro-batches, the most of each; a boundary tensor may be waiting to be sent while the next is received.
+    When the embedding makes its gradient, its micro-batch's activations are gone."""
+    working = max((max(p.working_bytes, p.loss_bytes) for p, _ in pieces if p.name != "embedding"), default=0)
+    return {"activations": activations, "working": working + 2 * sent}

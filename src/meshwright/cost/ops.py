@@ -99,6 +99,8 @@ class Piece:
     saved_bytes: int
     """Kept from forward for backward."""
     working_bytes: int = 0
-    """The largest temporary of the piece."""
+    """The most that its backward makes beyond what is saved."""
     recomputed: tuple[Op, ...] = ()
     """What of the backward is forward run again."""
+    loss_bytes: int = 0
+    """The same of the loss, before the gradient of any weight comes."""

@@ -15,7 +15,7 @@ from meshwright.cost.ops import Attention, Collective, CollectiveOp, Elementwise
 from meshwright.spec.context import kv_copies
 from meshwright.spec.layout import Layout, RecomputePart
 from meshwright.spec.model import Experts, LatentAttention, Model
-from meshwright.spec.precision import STATE_BYTES
+from meshwright.spec.precision import STATE_BYTES, StateBytes
 
 SINK_DIMS = 8
 """That a sink adds to queries and keys."""
@@ -66,6 +66,19 @@ class Shapes:
     def exact(self) -> int:
         """Bytes of an element of what is not rounded to the compute precision: logits of router and loss, statistics of norms."""
         return max(4, self.q)
+
+    def product_bytes(self, rows: int, columns: int) -> int:
+        """Of a weight's gradient that is made before it is added in the dtype that it is kept in."""
+        bytes_ = StateBytes.of(self.layout)
+        return rows * columns * self.q if bytes_.gradient > bytes_.compute else 0
+
+    def columns_working(self, inner: int) -> int:
+        """Of the backward of column-parallel linears: dx of all tokens, and with sequence parallel their gathered input and this rank's
+        part of dx. In pieces dx is one piece, and beside it are the sum that arrives, the one that leaves and the one before."""
+        whole, piece = self.T * inner * self.q, self.t * inner * self.q
+        if self.layout.async_tp:
+            return whole + 4 * piece
+        return 2 * whole + piece if self.layout.sp else whole
 
     @property
     def norm(self) -> Elementwise:
@@ -203,8 +216,7 @@ def _last_product_working(s: Shapes, width: int) -> int:
     """Of the backward of the layer's last product, the first of its backward: the gathered gradient, dx, and the weight's gradient
     before it is added in the dtype that it is kept in."""
     whole = s.T * s.model.hidden * s.q if s.layout.sp and not s.layout.async_tp else 0
-    product = s.model.hidden * width * s.q if s.q < s.exact else 0
-    return whole + s.T * width * s.q + product
+    return whole + s.T * width * s.q + s.product_bytes(s.model.hidden, width)
 
 
 def _recomputed(part: Part) -> Part:
@@ -435,9 +447,12 @@ def _routing_saved(s: Shapes, experts: Experts) -> int:
     return s.u * experts.count * s.exact + weights + orders + copies
 
 
-def _grouped_backward(name: str, rows: int, width: int, inner: int, groups: int) -> tuple[Gemm, Gemm]:
-    each = -(-rows // groups)
-    return Gemm(f"{name} dx", rows, inner, width, groups), Gemm(f"{name} dw", width * groups, inner, each, groups)
+def _grouped_backward(name: str, rows: int, width: int, inner: int, groups: int) -> tuple[Gemm, ...]:
+    """Of weights' gradients those of the experts that get one row more stand apart, where the rows do not divide."""
+    each, more = divmod(rows, groups)
+    shares = ((groups - more, each), (more, each + 1))
+    weights = (Gemm(f"{name} dw", width * count, inner, share, count) for count, share in shares if count and share)
+    return Gemm(f"{name} dx", rows, inner, width, groups), *weights
 
 
 @lru_cache(maxsize=512)
@@ -452,7 +467,8 @@ def embedding_piece(model: Model, layout: Layout, seq: int) -> Piece:
     gather = s.tp("all_gather", whole) if layout.sp else []
     positions = 0 if model.rope else (s.t if layout.sp else seq // layout.cp)
     saved = 8 * (s.T + positions) + (9 * s.T if layout.tp > 1 else 0)
-    return Piece("embedding", forward, (*gather, Elementwise("lookup", 3 * whole)), saved)
+    rows = -(-model.vocab // layout.tp) * model.hidden * s.q  # its gradient, before that is added to what is kept
+    return Piece("embedding", forward, (*gather, Elementwise("lookup", 3 * whole)), saved, rows + whole)
 
 
 @lru_cache(maxsize=512)
@@ -469,7 +485,11 @@ def head_piece(model: Model, layout: Layout, seq: int, tp_rank: int) -> Piece:
     backward: tuple[Op, ...] = (Elementwise("loss", logits * (2 * exact + s.q)), *head.backward, s.norm_backward)
     labels = 10 * s.T if layout.tp > 1 else 0  # their rows on this rank, and which count and which have one here
     saved = 2 * s.residual_bytes + s.t * s.statistics * s.exact + logits * exact + labels
-    return Piece("head", forward, backward, saved, working_bytes=logits * (s.q + (exact if s.q < exact else 0)))
+    # The loss's backward makes the gradient of the logits in the softmax's precision, on one device that of the log-softmax too, and then
+    # as narrow as the logits. That is left when the softmax is gone, and the head makes dx beside it, of tokens that it gathers again.
+    passes = logits * (2 * exact if layout.tp == 1 else exact + (s.q if s.q < exact else 0))
+    working = max(0, logits * (s.q - exact) + s.columns_working(model.hidden) + s.product_bytes(vocab, model.hidden))
+    return Piece("head", forward, backward, saved, working, loss_bytes=passes)
 
 
 def _up_to_last_saved(forward: tuple[Op, ...]) -> tuple[Op, ...]:

@@ -49,6 +49,8 @@ class Program:
     """Of each chunk, in the order of the model: the parts whose parameters are used together."""
     casts: Elementwise
     """In each forward, and again in each backward, of every micro-batch."""
+    data: int
+    """Bytes of token ids and labels of the step, and of tables of angles, which are there all the time."""
 
     @property
     def pieces(self) -> Pieces:
@@ -87,7 +89,15 @@ def rank_program(model: Model, layout: Layout, workload: Workload, place: Place)
         optimizer=_optimizer(layout, buckets),
         units=tuple(tuple(_units(chunk, model.tied)) for chunk in chunks),
         casts=_casts(layout, buckets),
+        data=_data_bytes(model, layout, workload),
     )
+
+
+def _data_bytes(model: Model, layout: Layout, workload: Workload) -> int:
+    """Ids and labels in int64, of whole sequences; sines and cosines of each position of one."""
+    turned = 0 if model.rope is None else model.latent.rope_dim if model.latent else model.head_dim
+    ids = 2 * 8 * workload.global_batch // layout.dp * workload.seq
+    return ids + 2 * workload.seq * turned * StateBytes.of(layout).compute
 
 
 def stage_pieces(model: Model, layout: Layout, seq: int, place: Place) -> Pieces:
@@ -132,6 +142,7 @@ def _local(layout: Layout) -> Layout:
         recompute_parts=layout.recompute_parts,
         recompute_layers=layout.recompute_layers,
         precision=layout.precision,
+        gradient_dtype=layout.gradient_dtype,
         order=layout.order,
     )
 

@@ -27,11 +27,13 @@ from meshwright.cost.ops import Collective
 from meshwright.planner.space import Bools, Floats, Ints, Pipeline, Space
 from meshwright.planner.state import BACKWARD, BYTES, FORWARD, REDUCTION, REST, Held, StatePrices
 from meshwright.planner.tables import Kind, Tables
-from meshwright.schedule.orders import peak_held
+from meshwright.schedule.orders import peak_in_flight
 from meshwright.schedule.stages import placement, stage_chunks
 from meshwright.spec.layout import Layout
 
 SPLIT_BACKWARD = ("zb-h1", "zb-v", "dualpipe-v")
+EMBEDDING = -2
+"""Its row in the tables."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class _Stages:
         return np.asarray((fill + whole + drain).max(axis=0))
 
     def passing_bytes(self, m: Ints, boundary: Floats) -> Floats:
-        """Activations of the micro-batches in flight, the largest temporary, and what waits to be sent."""
+        """Activations of the micro-batches in flight, temporaries of the backward after them, and what waits to be sent."""
         shape, p = self.shape, self.shape.pipeline
         saved = (shape.counts @ self.work.saved)[shape.places]
         sizes, which = np.unique(m, return_inverse=True)
@@ -204,17 +206,19 @@ class _Stages:
             activations = (flights * saved).sum(axis=1)
         else:
             activations = np.stack([_in_flight(p, size) for size in sizes.tolist()], axis=1)[:, which] * saved.min(axis=1)
-        # A piece that a stage does not hold has no temporaries there.
-        working = np.stack([self.work.working[row].max(axis=0) for row in shape.work > 0])
+        # After the forward that fills a stage comes the backward of some chunk, whose last piece is a layer or the head.
+        ends = shape.work > 0
+        ends[:, EMBEDDING] = False
+        working = np.stack([self.work.working[row].min(axis=0) for row in ends])
         passing = activations + 2 * shape.neighbours[:, None] * boundary
         return np.asarray(np.stack([passing[shape.kind == k].max(axis=0) for k in range(len(working))]) + working)
 
 
 @lru_cache(maxsize=4096)
 def _in_flight(pipeline: Pipeline, micro_batches: int) -> Ints:
-    """[stages]: chunks in flight."""
+    """[stages]: chunks in flight. What the second half of a split backward still needs of others may be next to nothing."""
     p = pipeline
-    return np.array([peak_held(p.schedule, stage, p.pp, micro_batches, p.chunks) for stage in range(p.pp)])
+    return np.array([peak_in_flight(p.schedule, stage, p.pp, micro_batches, p.chunks) for stage in range(p.pp)])
 
 
 @lru_cache(maxsize=4096)

@@ -114,7 +114,8 @@ def _figures(estimator: Estimator, piece: Piece, layout: Layout) -> Figures:
     if estimator.cluster.node.compute_slots is not None:
         busy = estimator.durations(((piece, 1),), layout, shared=True)
         crowded = busy.forward + busy.backward
-    return Figures(alone.forward, alone.backward, alone.weight, crowded, piece.saved_bytes, piece.working_bytes)
+    working = max(piece.working_bytes, piece.loss_bytes)
+    return Figures(alone.forward, alone.backward, alone.weight, crowded, piece.saved_bytes, working)
 
 
 def _recomputed(estimator: Estimator, piece: Piece, layout: Layout, plain: Figures) -> Figures:

@@ -65,17 +65,26 @@ class Check:
 
 def check_stage(traced: StageTrace, model: Model, layout: Layout, workload: Workload) -> Check:
     """Every line of one traced stage."""
-    grid, m = Grid(layout), micro_batches(layout, workload)
-    here = grid.coordinates(traced.rank) | grid.expert_coordinates(traced.rank)
-    program = rank_program(model, layout, workload, Place(traced.stage, here["tp"], here["ep"], here["etp"]))
+    m, program = micro_batches(layout, workload), _program(traced.rank, model, layout, workload)
     lines = [
         *_traffic(traced, program, m),
         *_state(traced, program, layout),
         *_saved(traced, program, model, layout, workload),
         *(line for name, kinds in PASSES.items() for line in _passes(traced, program, model, layout, name, kinds)),
     ]
-    memory = stage_memory(program, layout, layout_schedule(layout, m), traced.stage, overhead=0)
-    return Check(traced.stage, tuple(lines), traced.peak_bytes, memory.total_bytes)
+    return Check(traced.stage, tuple(lines), traced.peak_bytes, estimated_peak(traced.rank, model, layout, workload))
+
+
+def estimated_peak(rank: int, model: Model, layout: Layout, workload: Workload) -> int:
+    """Bytes that the rank holds at once, without what the runtime takes."""
+    schedule, stage = layout_schedule(layout, micro_batches(layout, workload)), Grid(layout).coordinates(rank)["pp"]
+    return stage_memory(_program(rank, model, layout, workload), layout, schedule, stage, overhead=0).total_bytes
+
+
+def _program(rank: int, model: Model, layout: Layout, workload: Workload) -> Program:
+    grid = Grid(layout)
+    here = grid.coordinates(rank) | grid.expert_coordinates(rank)
+    return rank_program(model, layout, workload, Place(here["pp"], here["tp"], here["ep"], here["etp"]))
 
 
 def _traffic(traced: StageTrace, program: Program, m: int) -> Iterator[Line]:

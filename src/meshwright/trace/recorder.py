@@ -129,6 +129,8 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if not self._silent:
             packet = func.overloadpacket
+            if packet is _aten.native_layer_norm:
+                out = (out[0], *map(_as_gpus_keep, out[1:]))
             if packet in _PLAIN or packet in _BATCHED or packet in _ATTENTION:
                 self._multiplied(packet, args, kwargs or {})
             self._came(out)
@@ -176,6 +178,11 @@ class Recorder(TorchDispatchMode):
         a, b = args[at], args[at + 1]
         groups = a.shape[0] if batched else 1
         self.add(Product(path, a.shape[-2], b.shape[-1], a.shape[-1], groups, backward, packet.__name__.rstrip("_")))
+
+
+def _as_gpus_keep(statistics: Tensor) -> Tensor:
+    """Of a LayerNorm in 16 bits, whose kernel for CPUs keeps them in 16 bits too."""
+    return statistics.to(torch.promote_types(statistics.dtype, torch.float32))
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""Bytes that ranks hold at the fullest moment of a step, counted in real runs on this machine, beside a dry run and the estimate.
+
+    python benchmarks/live.py
+
+Small models on gloo ranks. Every storage counts from the operator that makes it until its last reference goes, in a step after the first,
+whose moments are new. gloo's threads let go of a collective's tensors a little late, now and then: of a few steps the lowest peak is taken.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memory import DENSE, LAYER_NORM, SPARSE, WORKLOAD
+from memory_ranks import batches, train_step
+from meshwright.models.init import initial_value
+from meshwright.parallel.apply import apply
+from meshwright.parallel.mesh import build_mesh
+from meshwright.parallel.ranks import RankPool
+from meshwright.spec.layout import Layout
+from meshwright.spec.model import Model
+from meshwright.spec.notation import parse_layout
+from meshwright.spec.workload import Workload
+from meshwright.trace.check import check_stage
+from meshwright.trace.engine import trace_ranks
+from meshwright.train.optimizer import Optimizer
+from meshwright.train.recipe import Recipe
+
+STEPS = 4
+"""Of which the first is not counted."""
+
+CASES: tuple[tuple[Model, str], ...] = (
+    (DENSE, "mb2 fp32"),
+    (DENSE, "mb8 bf16"),
+    (DENSE, "mb2 ac:full bf16"),
+    (LAYER_NORM, "mb4 ac:core+norms+mlp fp32"),
+    (SPARSE, "mb4 bf16"),
+    (DENSE, "dp2:zero1 mb2 bf16"),
+    (DENSE, "dp2:zero3 mb2 fp32"),
+    (DENSE, "tp2:sp mb4 bf16"),
+    (DENSE, "tp2:async mb4 ac:mlp fp32"),
+    (DENSE, "cp2:ring mb4 fp32"),
+    (DENSE, "pp2:zb-h1 mb1 fp32"),
+    (SPARSE, "dp2 ep2 mb4 bf16"),
+    (DENSE, "dp4:zero2 mb1 bf16"),
+    (DENSE, "dp2:zero1 tp2:sp mb2 bf16 params:fp32"),
+    (DENSE, "cp4:ring2xulysses2 mb4 fp32"),
+    (DENSE, "pp4:1f1b mb1 bf16"),
+    (DENSE, "pp2x2:interleaved tp2 mb1 ac:full bf16"),
+    (DENSE, "pp2x2:zb-v dp2:zero1 mb1 bf16"),
+    (LAYER_NORM, "dp2 tp2 mb2 fp32"),
+    (SPARSE, "dp2 tp2:sp ep2 etp2 mb2 bf16"),
+    (DENSE, "dp2:zero1 tp2:sp pp2 mb1 bf16"),
+    (DENSE, "dp8:zero3 mb1 bf16"),
+    (DENSE, "dp4:zero3x2 tp2 mb1 ac:norms+activation bf16"),
+    (DENSE, "cp2:ulysses tp2:sp pp2x2:dualpipe-v mb1 bf16"),
+    (SPARSE, "dp4:zero1 tp2:sp ep8 mb2 bf16"),
+)
+
+
+class LiveBytes(TorchDispatchMode):
+    """`now`: bytes of the storages that operators have made inside it and that live; `most`: the most since it was last set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(each, torch.Tensor):
+                storage = each.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._known[storage._cdata] = weakref.ref(
+                        storage, partial(self._went, storage._cdata, storage.nbytes())
+                    )
+                    self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        return out
+
+    def _went(self, key: int, nbytes: int, _: Any) -> None:
+        del self._known[key]
+        self.now -= nbytes
+
+
+def peak(model: Model, workload: Workload, layout: Layout) -> int:
+    """Of this rank."""
+    mesh = build_mesh(layout, model, torch.device("cpu"))
+    with LiveBytes() as live:
+        engine = apply(
+            model, workload, mesh, lambda shard: shard.of(initial_value(model, shard.name, shard.global_shape, 0))
+        )
+        optimizer, peaks = Optimizer(Recipe(), engine.state), []
+        for step in range(STEPS):
+            live.most = live.now
+            train_step(engine, optimizer, step, batches(mesh, model, workload, step))
+            peaks.append(live.most)
+    return min(peaks[1:])
+
+
+def measured(pool: RankPool) -> Iterator[tuple[Model, str, int, int, int]]:
+    """Model, layout, and bytes of the rank that holds most: counted, traced, estimated. With experts, means over the ranks of its
+    stage: routers send what they like."""
+    for model, text in CASES:
+        layout = parse_layout(text)
+        counted = pool.run(peak, layout.world, model, WORKLOAD, layout)
+        traced = trace_ranks(model, layout, WORKLOAD, range(layout.world))
+        rows = [
+            (count, one.peak_bytes, check_stage(one, model, layout, WORKLOAD).estimated_peak_bytes)
+            for count, one in zip(counted, traced, strict=True)
+        ]
+        fullest = max(traced, key=lambda one: one.peak_bytes)
+        if model.experts:
+            its = [row for row, one in zip(rows, traced, strict=True) if one.stage == fullest.stage]
+            row = tuple(round(sum(column) / len(its)) for column in zip(*its, strict=True))
+        else:
+            row = rows[fullest.rank]
+        yield model, text, *row  # type: ignore[misc]
+
+
+def table() -> Iterator[str]:
+    yield "| ranks | model | layout | counted | traced | | estimated | |"
+    yield "|---|---|---|---|---|---|---|---|"
+    pool = RankPool()
+    try:
+        for model, text, counted, traced, estimated in measured(pool):
+            figures = (
+                f"{counted:,} | {traced:,} | {traced / counted - 1:+.2%} | {estimated:,} | {estimated / counted - 1:+.2%}"
+            )
+            yield f"| {parse_layout(text).world} | {model.name} | `{text}` | {figures} |"
+    finally:
+        pool.close()
+
+
+if __name__ == "__main__":
+    for line in table():
+        print(line, flush=True)
