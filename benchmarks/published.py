@@ -16,7 +16,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from meshwright.cost.estimate import Estimator, Price
+from meshwright.cost.estimate import Estimator
+from meshwright.cost.result import Price
 from meshwright.spec.errors import UserError
 from meshwright.spec.kernels import KernelConstants
 from rows import Row, Run, read_run

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, get_args
 
 from meshwright.cost.economics import Bill
-from meshwright.cost.estimate import Estimate, Estimator
+from meshwright.cost.estimate import Estimator
 from meshwright.cost.practice import Attention, Practice
+from meshwright.cost.result import Estimate
 from meshwright.planner.bill import Terms, training_bill
 from meshwright.planner.recompute import Fitted, fit_recompute
 from meshwright.planner.rules.case import Habits

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from meshwright.cost.estimate import Estimate, Estimator
+from meshwright.cost.estimate import Estimator
 from meshwright.cost.program import Place, rank_program
+from meshwright.cost.result import Estimate
 from meshwright.cost.traffic import step_traffic
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.huggingface import load_model

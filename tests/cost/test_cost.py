@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from meshwright import api
 from meshwright.cost.collectives import WIRE_FACTOR, CollectiveTimes
-from meshwright.cost.estimate import Estimate, Estimator, estimate
+from meshwright.cost.estimate import Estimator, estimate
 from meshwright.cost.flops import model_flops_per_token
 from meshwright.cost.kernels import Kernels, interpolate
 from meshwright.cost.memory import away_bytes, gradient_buffer_bytes, stage_memory, state_bytes
@@ -22,6 +22,7 @@ from meshwright.cost.ops import Attention, Collective, Gemm, Op, Piece, Under
 from meshwright.cost.peak import ChunkBytes
 from meshwright.cost.pieces import layer_piece
 from meshwright.cost.program import Place, Program, rank_program
+from meshwright.cost.result import Estimate
 from meshwright.cost.traffic import collectives, step_collectives, step_traffic
 from meshwright.schedule.orders import layout_schedule
 from meshwright.schedule.stages import rank_shards

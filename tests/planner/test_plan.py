@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright import api
-from meshwright.cost.estimate import Estimate, Estimator
+from meshwright.cost.estimate import Estimator
+from meshwright.cost.result import Estimate
 from meshwright.planner.bounds import Bounds, ClosedForm
 from meshwright.planner.explain import reason_against
 from meshwright.planner.search import CLOSE, Plan, legal_layouts, plan

@@ -8,7 +8,8 @@ from itertools import combinations
 import pytest
 
 from meshwright.api import recompute
-from meshwright.cost.estimate import Estimator, Price
+from meshwright.cost.estimate import Estimator
+from meshwright.cost.result import Price
 from meshwright.planner.recompute import fit_recompute
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.errors import UserError

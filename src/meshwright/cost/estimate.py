@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
-from meshwright.cost.adapt import as_practised, is_recomputed, with_buckets_of, with_gradients_of
+from meshwright.cost.adapt import as_practised, with_buckets_of, with_gradients_of
 from meshwright.cost.collectives import CollectiveTimes
+from meshwright.cost.durations import Durations, PieceTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
-from meshwright.cost.kernels import Kernels
 from meshwright.cost.memory import StageMemory, beside_bytes, in_flight_bytes, passing_bytes, stage_memory, state_bytes
 from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
-from meshwright.cost.ops import PART, Attention, Collective, Elementwise, Gemm, Op, Piece, Under
+from meshwright.cost.ops import Collective, Piece, Under
 from meshwright.cost.peak import fullest
 from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.program import Pieces, Place, Program, boundary, chunk_pieces, rank_program
+from meshwright.cost.result import CollectiveCost, Estimate, Price
 from meshwright.cost.steady import play_layout, step_end
 from meshwright.cost.timeline import ChunkSeconds, Timeline
 from meshwright.cost.traffic import step_collectives
@@ -30,109 +30,6 @@ from meshwright.spec.legality import check_layout, check_room, micro_batches, re
 from meshwright.spec.model import Model
 from meshwright.spec.residuals import ErrorBar, load_residuals, step_class
 from meshwright.spec.workload import Workload
-
-
-@dataclass(frozen=True, slots=True)
-class CollectiveCost:
-    """All calls of one operation on one axis in a step, on the stage that sends most of it."""
-
-    axis: str
-    op: str
-    group_size: int
-    stage: int
-    link: str
-    count: int
-    bytes: int
-    time_s: float
-    exposed_s: float
-    """The part that nothing hides."""
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a layout costs. Sizes in bytes, times in seconds, rates per second."""
-
-    layout: Layout
-    model: str
-    cluster: str
-    workload: Workload
-    step_time_s: float
-    mfu: float
-    hfu: float
-    bubble: float
-    fits: bool
-    memory: tuple[StageMemory, ...]
-    memory_limit_bytes: int
-    collectives: tuple[CollectiveCost, ...]
-    breakdown: dict[str, float]
-    """Seconds of the step by what the busiest stage spends them on."""
-    evidence: dict[str, str]
-    error_bar: ErrorBar | None = None
-    """Of the step's time; None where no published runs of its class were scored."""
-    offload: OffloadCost | None = None
-    timeline: Timeline | None = field(default=None, repr=False)
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.workload.tokens / self.step_time_s
-
-    @property
-    def peak_bytes(self) -> int:
-        return max(stage.total_bytes for stage in self.memory)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {
-            "layout": str(self.layout),
-            "world": self.layout.world,
-            "model": self.model,
-            "cluster": self.cluster,
-            "seq": self.workload.seq,
-            "global_batch": self.workload.global_batch,
-            "micro_batches": micro_batches(self.layout, self.workload),
-            "step_time_s": self.step_time_s,
-            "tokens_per_s": self.tokens_per_s,
-            "tokens_per_s_per_gpu": self.tokens_per_s / self.layout.world,
-            "tokens_per_day": self.tokens_per_s * 86_400,
-            "mfu": self.mfu,
-            "hfu": self.hfu,
-            "bubble": self.bubble,
-            "fits": self.fits,
-            "memory_limit_bytes": self.memory_limit_bytes,
-            "memory": [
-                {"stage": s.stage, "total_bytes": s.total_bytes, "categories": s.categories, "away": s.away}
-                for s in self.memory
-            ],
-            "offload": {name: getattr(self.offload, name) for name in OffloadCost.__slots__} if self.offload else None,
-            "collectives": [{name: getattr(c, name) for name in CollectiveCost.__slots__} for c in self.collectives],
-            "breakdown": self.breakdown,
-            "evidence": self.evidence,
-            "error_bars": {"step_time_s": self.error_bar.as_dict(self.step_time_s)} if self.error_bar else {},
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Price:
-    """Of a layout, without its tables."""
-
-    step_time_s: float
-    peak_bytes: int
-    fits: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Durations:
-    """Seconds of one micro-batch on a stage."""
-
-    forward: float
-    backward: float
-    compute: float
-    """Forward and backward without communication."""
-    weight: float
-    """The part of the backward that a zero-bubble schedule can put off: the products that make weight gradients."""
-    forward_experts: float = 0.0
-    """The part of the forward in which tokens travel to or from experts."""
-    backward_experts: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +85,8 @@ class Estimator:
         self.flops = model_flops_per_token(model, workload.seq)
         given = cluster.accelerator.overhead_bytes
         self.overhead = self.constants.overhead_bytes if given is None else given
-        self._seconds: dict[tuple[int, bool], tuple[Piece, Durations]] = {}
-        self._kernels: dict[tuple[str, int], Kernels] = {}
+        self.pieces = PieceTimes(cluster, practice, self.constants, self.times)
+        self.durations, self.kernels = self.pieces.durations, self.pieces.kernels
         self._adapted: dict[tuple[object, ...], tuple[Piece, Piece]] = {}
         self._states: dict[tuple[object, ...], _State] = {}
 
@@ -316,12 +213,6 @@ class Estimator:
         check_room(layout, self.cluster)
         _ = self.kernels(layout, shared=False).peak_flops
 
-    def durations(self, pieces: Pieces, layout: Layout, *, shared: bool) -> Durations:
-        """One micro-batch through `pieces`; `shared` when all ranks of a node compute at once."""
-        kernels = self.kernels(layout, shared=shared)
-        each = [(self._piece_durations(piece, kernels, shared), repeat) for piece, repeat in pieces]
-        return Durations(*(sum(getattr(d, name) * repeat for d, repeat in each) for name in Durations.__slots__))
-
     def _passes(self, program: Program, layout: Layout) -> Passes:
         """Parameter gathers and gradient reductions that ZeRO-2 and 3 do in each pass, casts, and reads of what is offloaded."""
         forward, backward = (sum(self.times.seconds(c) for c in gathers) for gathers in program.gathers)
@@ -341,7 +232,7 @@ class Estimator:
 
     def _exposed_pass(self, sent: float, read: float, work: float) -> float:
         """Links to other ranks and to the host are busy at the same time, except where ranks share the cores that move the bytes."""
-        return self._beside(max(sent, read), work) if self.times.hides else sent + read
+        return self.pieces.beside(max(sent, read), work) if self.times.hides else sent + read
 
     def _links(self, layout: Layout) -> Links:
         return offload_links(self.cluster, layout, self.kernels(layout, shared=True).memory_bandwidth)
@@ -403,102 +294,6 @@ class Estimator:
         busy = [(self.durations(pieces, layout, shared=True), count) for pieces, count in stages]
         return micro_batches(layout, self.workload) * sum((d.forward + d.backward) * count for d, count in busy) / layout.pp
 
-    def kernels(self, layout: Layout, *, shared: bool) -> Kernels:
-        active = min(layout.world, self.cluster.node.accelerators) if shared else 1
-        key = (layout.precision, active)
-        if key not in self._kernels:
-            self._kernels[key] = Kernels(self.cluster, layout.precision, active, self.practice, self.constants)
-        return self._kernels[key]
-
-    def _piece_durations(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
-        key = (id(piece), shared)
-        if key not in self._seconds:
-            forward, backward = (
-                self._run(ops, kernels, host, waited) for ops, host, waited in self._launched(piece, kernels)
-            )
-            # The piece is kept beside its price, so that its id is not used again.
-            self._seconds[key] = (
-                piece,
-                Durations(
-                    forward[0] + forward[1],
-                    backward[0] + backward[1],
-                    forward[0] + backward[0],
-                    self._weight_seconds(piece.backward, kernels),
-                    self._expert_seconds(piece.forward),
-                    self._expert_seconds(piece.backward),
-                ),
-            )
-        return self._seconds[key][1]
-
-    def _host_seconds(self, piece: Piece, ops: tuple[Op, ...], kernels: Kernels) -> float:
-        # Bounds add up parts of a layer: what one part waits for the host, another may compute.
-        return 0.0 if piece.name == PART else kernels.host_seconds(ops, is_recomputed(piece))
-
-    def host_waits(self, piece: Piece, layout: Layout) -> tuple[float, float]:
-        """Seconds that forward and backward of `piece` wait for the host that starts their kernels."""
-        kernels = self.kernels(layout, shared=False)
-        forward, backward = (
-            sum(self._run(ops, kernels, host, waited)) - sum(self._run(ops, kernels, 0.0, 0.0))
-            for ops, host, waited in self._launched(piece, kernels)
-        )
-        return forward, backward
-
-    def _launched(self, piece: Piece, kernels: Kernels) -> Iterator[tuple[tuple[Op, ...], float, float]]:
-        """Forward and backward, each with the seconds of starting its kernels and with those that the host waits for the device."""
-        waited = kernels.waited_seconds(piece.forward) if piece.name == "layer" else 0.0
-        yield piece.forward, self._host_seconds(piece, piece.forward, kernels), waited
-        again = waited if is_recomputed(piece) else 0.0
-        yield piece.backward, self._host_seconds(piece, piece.backward, kernels), again
-
-    def _run(self, ops: tuple[Op, ...], kernels: Kernels, host: float, waited: float) -> tuple[float, float]:
-        """(seconds of computation, seconds of exposed communication) of `ops` in order. `host`: seconds of starting them.
-
-        The host launches kernels while earlier ones run: where all of them take less than the launches, those are what lasts. Where
-        it waits for the device, `waited` seconds of that come on top of what the kernels take.
-        """
-        compute = exposed = 0.0
-        for op in ops:
-            if isinstance(op, Gemm):
-                compute += kernels.gemm(op)
-            elif isinstance(op, Attention):
-                compute += kernels.attention(op)
-            elif isinstance(op, Elementwise):
-                compute += kernels.elementwise(op)
-            elif isinstance(op, Collective):
-                exposed += self._exposed_in_line(op)
-            else:
-                work = self._work(op, kernels)
-                compute += work
-                exposed += self._exposed(op, work)
-        return max(compute + waited, host - exposed), exposed
-
-    def _exposed_in_line(self, op: Collective) -> float:
-        """Seconds of a collective between two products, of which all but a part can run in pieces beside them."""
-        seconds = self.times.seconds(op)
-        if not self.practice.overlaps_tensor or op.axis != "tp":
-            return seconds
-        return seconds / op.group_size + self.constants.beside * seconds * (1 - 1 / op.group_size)
-
-    def _weight_seconds(self, ops: tuple[Op, ...], kernels: Kernels) -> float:
-        products = [g for op in ops for g in (op.work if isinstance(op, Under) else (op,)) if isinstance(g, Gemm)]
-        return sum(kernels.gemm(g) for g in products if g.is_weight_gradient)
-
-    def _expert_seconds(self, ops: tuple[Op, ...]) -> float:
-        return sum(self.times.seconds(op) for op in ops if isinstance(op, Collective) and op.axis == "ep")
-
-    def _work(self, op: Under, kernels: Kernels) -> float:
-        return sum(kernels.gemm(g) if isinstance(g, Gemm) else kernels.attention(g) for g in op.work)
-
-    def _exposed(self, op: Under, work: float) -> float:
-        seconds = self.times.seconds(op.collective) * op.calls
-        hides = self.times.hides and (self.practice.overlaps_dx or op.collective.op != "all_reduce")
-        return self._beside(seconds, work) if hides else seconds
-
-    def _beside(self, seconds: float, work: float) -> float:
-        """What communication of `seconds` adds to computation of `work` seconds that it runs beside: the part that does not fit,
-        and what the rest takes from the computation (processors and memory bandwidth)."""
-        return max(0.0, seconds - work) + self.constants.beside * min(seconds, work)
-
     def _step_end(self, program: Program, layout: Layout, d: Durations) -> float:
         """After the last backward: what is left of the gradient reduction, the step's other collectives, the optimizer."""
         reductions = tuple(self.times.seconds(c) for c in program.gradient_reductions)
@@ -520,7 +315,7 @@ class Estimator:
             return 0.0
         if not reductions or not self.times.hides or not self.practice.overlaps_gradients:
             return sum(reductions)
-        return max(reductions[-1], self._beside(sum(reductions), d.backward))
+        return max(reductions[-1], self.pieces.beside(sum(reductions), d.backward))
 
     def _collective_costs(
         self,
@@ -556,13 +351,13 @@ class Estimator:
             for op in (*piece.forward, *piece.backward):
                 if isinstance(op, Under):
                     c = op.collective
-                    gained = self.times.seconds(c) * op.calls - self._exposed(op, self._work(op, kernels))
+                    gained = self.times.seconds(c) * op.calls - self.pieces.exposed(op, self.pieces.work(op, kernels))
                     key = (c.axis, c.op, c.group_size)
                     hidden[key] = hidden.get(key, 0.0) + gained * repeat * m
         bare = self.durations(program.pieces, layout, shared=False)
         for calls, work in ((program.gathers[0], bare.forward), ((*program.gathers[1], *program.scatters), bare.backward)):
             together = sum(self.times.seconds(c) for c in calls)
-            share = 1 - self._beside(together, work) / together if together and self.times.hides else 0.0
+            share = 1 - self.pieces.beside(together, work) / together if together and self.times.hides else 0.0
             for c in calls:
                 key = (c.axis, c.op, c.group_size)
                 hidden[key] = hidden.get(key, 0.0) + self.times.seconds(c) * share * m

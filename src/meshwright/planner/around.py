@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from meshwright.cost.estimate import Estimate, Estimator
+from meshwright.cost.estimate import Estimator
+from meshwright.cost.result import Estimate
 from meshwright.planner.search import plan
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError

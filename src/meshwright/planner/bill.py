@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from meshwright.cost.economics import HOUR, Bill, Energy, Reliability, energy
-from meshwright.cost.estimate import Estimate
+from meshwright.cost.result import Estimate
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.economics import load_economic_constants
 from meshwright.spec.errors import UserError

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from meshwright.cost.estimate import Estimate
+from meshwright.cost.result import Estimate
 from meshwright.spec.layout import Layout
 
 AXIS_NAMES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from meshwright.cost.estimate import Price
+from meshwright.cost.result import Price
 from meshwright.planner.rules import pipeline, placement, shapes, state, work
 from meshwright.planner.rules.case import Case, Finding, Habits, Rule
 from meshwright.spec.cluster import Cluster

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meshwright.cost.economics import DAY, Bill
-from meshwright.cost.estimate import Estimate
+from meshwright.cost.result import Estimate
 from meshwright.planner.around import Problem
 from meshwright.planner.bill import Terms, training_bill
 from meshwright.spec.cluster import Cluster

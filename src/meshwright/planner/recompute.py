@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from meshwright.cost.estimate import Estimate, Estimator, Price
+from meshwright.cost.estimate import Estimator
+from meshwright.cost.result import Estimate, Price
 from meshwright.schedule.stages import stage_chunks
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import RECOMPUTE_PARTS, Layout

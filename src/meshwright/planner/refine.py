@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import permutations
 
-from meshwright.cost.estimate import Estimator, Price
+from meshwright.cost.estimate import Estimator
+from meshwright.cost.result import Price
 from meshwright.planner.explain import reason_against
 from meshwright.planner.rules.reshape import order_has_price
 from meshwright.planner.search import Candidate, Plan

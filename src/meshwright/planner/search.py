@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.cost.estimate import Estimate, Estimator, Price
+from meshwright.cost.estimate import Estimator
+from meshwright.cost.result import Estimate, Price
 from meshwright.planner.bounds import Bounds, ClosedForm
 from meshwright.planner.explain import Kind, kinds_of, reason_against
 from meshwright.planner.space import Bools, Floats, Ints, Space, legal_space

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from meshwright.cost.estimate import Estimate, Estimator
+from meshwright.cost.estimate import Estimator
 from meshwright.cost.ops import Piece
 from meshwright.cost.pieces import embedding_piece, head_piece, layer_piece
+from meshwright.cost.result import Estimate
 from meshwright.schedule.stages import consecutive, even_counts
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout

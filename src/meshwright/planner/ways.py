@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from meshwright.cost.estimate import Estimate, Estimator, Price
+from meshwright.cost.estimate import Estimator
+from meshwright.cost.result import Estimate, Price
 from meshwright.planner.refine import price_of
 from meshwright.planner.rules.reshape import eased, reshaped
 from meshwright.spec.layout import Layout

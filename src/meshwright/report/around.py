@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from meshwright.cost.estimate import Estimate
+from meshwright.cost.result import Estimate
 from meshwright.planner.around import Variation
 from meshwright.planner.objectives import Sizing
 from meshwright.planner.ways import Shortfall, WayOut

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meshwright.cost.economics import DAY, HOUR, Bill, Energy, daly_interval, young_interval
-from meshwright.cost.estimate import Estimate
+from meshwright.cost.result import Estimate
 from meshwright.report.units import count, percent, size
 
 

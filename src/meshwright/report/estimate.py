@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from meshwright.cost.estimate import Estimate
+from meshwright.cost.result import Estimate
 from meshwright.report.units import count, gib, percent, seconds, size
 from meshwright.spec.residuals import SHARE
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from meshwright.cost.estimate import Estimate, Estimator
+from meshwright.cost.estimate import Estimator
 from meshwright.cost.ops import Attention, Collective, Elementwise, Gemm, Op
 from meshwright.cost.program import Program
+from meshwright.cost.result import Estimate
 from meshwright.schedule.actions import Action, Kind
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.grid import Grid, group_members
@@ -92,7 +93,7 @@ class Prices:
         for piece, repeat in program.chunks[action.chunk]:
             ops = piece.forward if forward else piece.backward
             elementwise += repeat * sum(self._kernels.elementwise(op) for op in _elementwise(ops))
-            waits += repeat * self._estimator.host_waits(piece, self.layout)[0 if forward else 1]
+            waits += repeat * self._estimator.pieces.host_waits(piece, self.layout)[0 if forward else 1]
         return elementwise, waits
 
     def update(self, stage: StageTrace) -> float:

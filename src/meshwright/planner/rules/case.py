@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from meshwright.cost.estimate import Estimate, Estimator, Price
+from meshwright.cost.estimate import Estimator
 from meshwright.cost.practice import OWN, Practice
+from meshwright.cost.result import Estimate, Price
 from meshwright.planner.bill import Terms
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError

@@ -1,0 +1,142 @@
+"""Seconds of one micro-batch through pieces of the program: operators in order, what hides under what, and the host that starts them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from meshwright.cost.adapt import is_recomputed
+from meshwright.cost.collectives import CollectiveTimes
+from meshwright.cost.kernels import Kernels
+from meshwright.cost.ops import PART, Attention, Collective, Elementwise, Gemm, Op, Piece, Under
+from meshwright.cost.practice import Practice
+from meshwright.cost.program import Pieces
+from meshwright.spec.cluster import Cluster
+from meshwright.spec.kernels import KernelConstants
+from meshwright.spec.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """Seconds of one micro-batch on a stage."""
+
+    forward: float
+    backward: float
+    compute: float
+    """Forward and backward without communication."""
+    weight: float
+    """The part of the backward that a zero-bubble schedule can put off: the products that make weight gradients."""
+    forward_experts: float = 0.0
+    """The part of the forward in which tokens travel to or from experts."""
+    backward_experts: float = 0.0
+
+
+class PieceTimes:
+    """Prices pieces on one cluster under one practice; remembers each."""
+
+    def __init__(self, cluster: Cluster, practice: Practice, constants: KernelConstants, times: CollectiveTimes):
+        self.cluster, self.practice, self.constants, self.times = cluster, practice, constants, times
+        self._seconds: dict[tuple[int, bool], tuple[Piece, Durations]] = {}
+        self._kernels: dict[tuple[str, int], Kernels] = {}
+
+    def durations(self, pieces: Pieces, layout: Layout, *, shared: bool) -> Durations:
+        """One micro-batch through `pieces`; `shared` when all ranks of a node compute at once."""
+        kernels = self.kernels(layout, shared=shared)
+        each = [(self._piece_durations(piece, kernels, shared), repeat) for piece, repeat in pieces]
+        return Durations(*(sum(getattr(d, name) * repeat for d, repeat in each) for name in Durations.__slots__))
+
+    def kernels(self, layout: Layout, *, shared: bool) -> Kernels:
+        active = min(layout.world, self.cluster.node.accelerators) if shared else 1
+        key = (layout.precision, active)
+        if key not in self._kernels:
+            self._kernels[key] = Kernels(self.cluster, layout.precision, active, self.practice, self.constants)
+        return self._kernels[key]
+
+    def _piece_durations(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
+        key = (id(piece), shared)
+        if key not in self._seconds:
+            forward, backward = (
+                self._run(ops, kernels, host, waited) for ops, host, waited in self._launched(piece, kernels)
+            )
+            # The piece is kept beside its price, so that its id is not used again.
+            self._seconds[key] = (
+                piece,
+                Durations(
+                    forward[0] + forward[1],
+                    backward[0] + backward[1],
+                    forward[0] + backward[0],
+                    self._weight_seconds(piece.backward, kernels),
+                    self._expert_seconds(piece.forward),
+                    self._expert_seconds(piece.backward),
+                ),
+            )
+        return self._seconds[key][1]
+
+    def _host_seconds(self, piece: Piece, ops: tuple[Op, ...], kernels: Kernels) -> float:
+        # Bounds add up parts of a layer: what one part waits for the host, another may compute.
+        return 0.0 if piece.name == PART else kernels.host_seconds(ops, is_recomputed(piece))
+
+    def host_waits(self, piece: Piece, layout: Layout) -> tuple[float, float]:
+        """Seconds that forward and backward of `piece` wait for the host that starts their kernels."""
+        kernels = self.kernels(layout, shared=False)
+        forward, backward = (
+            sum(self._run(ops, kernels, host, waited)) - sum(self._run(ops, kernels, 0.0, 0.0))
+            for ops, host, waited in self._launched(piece, kernels)
+        )
+        return forward, backward
+
+    def _launched(self, piece: Piece, kernels: Kernels) -> Iterator[tuple[tuple[Op, ...], float, float]]:
+        """Forward and backward, each with the seconds of starting its kernels and with those that the host waits for the device."""
+        waited = kernels.waited_seconds(piece.forward) if piece.name == "layer" else 0.0
+        yield piece.forward, self._host_seconds(piece, piece.forward, kernels), waited
+        again = waited if is_recomputed(piece) else 0.0
+        yield piece.backward, self._host_seconds(piece, piece.backward, kernels), again
+
+    def _run(self, ops: tuple[Op, ...], kernels: Kernels, host: float, waited: float) -> tuple[float, float]:
+        """(seconds of computation, seconds of exposed communication) of `ops` in order. `host`: seconds of starting them.
+
+        The host launches kernels while earlier ones run: where all of them take less than the launches, those are what lasts. Where
+        it waits for the device, `waited` seconds of that come on top of what the kernels take.
+        """
+        compute = exposed = 0.0
+        for op in ops:
+            if isinstance(op, Gemm):
+                compute += kernels.gemm(op)
+            elif isinstance(op, Attention):
+                compute += kernels.attention(op)
+            elif isinstance(op, Elementwise):
+                compute += kernels.elementwise(op)
+            elif isinstance(op, Collective):
+                exposed += self._exposed_in_line(op)
+            else:
+                work = self.work(op, kernels)
+                compute += work
+                exposed += self.exposed(op, work)
+        return max(compute + waited, host - exposed), exposed
+
+    def _exposed_in_line(self, op: Collective) -> float:
+        """Seconds of a collective between two products, of which all but a part can run in pieces beside them."""
+        seconds = self.times.seconds(op)
+        if not self.practice.overlaps_tensor or op.axis != "tp":
+            return seconds
+        return seconds / op.group_size + self.constants.beside * seconds * (1 - 1 / op.group_size)
+
+    def _weight_seconds(self, ops: tuple[Op, ...], kernels: Kernels) -> float:
+        products = [g for op in ops for g in (op.work if isinstance(op, Under) else (op,)) if isinstance(g, Gemm)]
+        return sum(kernels.gemm(g) for g in products if g.is_weight_gradient)
+
+    def _expert_seconds(self, ops: tuple[Op, ...]) -> float:
+        return sum(self.times.seconds(op) for op in ops if isinstance(op, Collective) and op.axis == "ep")
+
+    def work(self, op: Under, kernels: Kernels) -> float:
+        return sum(kernels.gemm(g) if isinstance(g, Gemm) else kernels.attention(g) for g in op.work)
+
+    def exposed(self, op: Under, work: float) -> float:
+        seconds = self.times.seconds(op.collective) * op.calls
+        hides = self.times.hides and (self.practice.overlaps_dx or op.collective.op != "all_reduce")
+        return self.beside(seconds, work) if hides else seconds
+
+    def beside(self, seconds: float, work: float) -> float:
+        """What communication of `seconds` adds to computation of `work` seconds that it runs beside: the part that does not fit,
+        and what the rest takes from the computation (processors and memory bandwidth)."""
+        return max(0.0, seconds - work) + self.constants.beside * min(seconds, work)
