@@ -13,7 +13,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from meshwright.cost.estimate import Estimator
-from meshwright.cost.gradients import STEADY
 from meshwright.cost.traffic import step_traffic
 from meshwright.planner.search import legal_layouts, plan
 from meshwright.planner.space import legal_space
@@ -177,12 +176,12 @@ def test_twice_the_micro_batch_takes_no_less_memory(
 ) -> None:
     """Of the same sequences in half as many micro-batches. Fewer than stages need not take more, since fewer are held at once, but
     each is twice as large: what a stage holds of either is the same sequences then, and what it works on is twice as much. Buffers of whole
-    gradients are all there after a few micro-batches, so that with ZeRO-3 both have as many."""
+    gradients know no sequences: they fill during the first backwards, and need not be there when most micro-batches are."""
     layout = parse_layout(f"{modes} mb{micro}")
     chunks = {"interleaved": chunks, "zb-v": 2, "dualpipe-v": 2}.get(schedule, 1)
     assume(pp > 1 or schedule == "1f1b")
     layout = replace(layout, pp=pp, schedule=schedule, chunks=chunks)
-    m = 2 * times * (STEADY if layout.zero >= 2 else 1)
+    m = 2 * times
     work = Workload(1024, layout.dp * micro * m)
     for count in (m, m // 2):
         try:
@@ -190,7 +189,9 @@ def test_twice_the_micro_batch_takes_no_less_memory(
         except ValueError:
             assume(False)
     estimator = Estimator(model(name), load_cluster("h100-superpod"), work)
-    assert estimator.played(replace(layout, micro_batch=2 * micro)).peak_bytes >= estimator.played(layout).peak_bytes
+    buffers = max(stage.categories.get("whole gradients", 0) for stage in estimator.estimate(layout).memory)
+    larger = estimator.played(replace(layout, micro_batch=2 * micro)).peak_bytes
+    assert larger >= estimator.played(layout).peak_bytes - buffers
 
 
 # --- what is sent is received
