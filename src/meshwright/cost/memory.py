@@ -87,7 +87,7 @@ def in_flight_bytes(chunks: tuple[Pieces, ...], schedule: Schedule, stage: int, 
 
 
 def passing_bytes(pieces: tuple[tuple[Piece, int], ...], activations: int, sent: int) -> dict[str, int]:
-    """What comes and goes with micro-batches, the most of each; a boundary tensor may be waiting to be sent while the next is received. When
-    the embedding makes its gradient, its micro-batch's activations are gone."""
+    """What comes and goes with micro-batches, the most of each; a boundary tensor may be waiting to be sent while the next is
+    received. When the embedding makes its gradient, its micro-batch's activations are gone."""
     working = max((max(p.working_bytes, p.loss_bytes) for p, _ in pieces if p.name != "embedding"), default=0)
     return {"activations": activations, "working": working + 2 * sent}
