@@ -206,13 +206,14 @@ class _Stages:
             activations = (flights * saved).sum(axis=1)
         else:
             activations = np.stack([_in_flight(p, size) for size in sizes.tolist()], axis=1)[:, which] * saved.min(axis=1)
-        # After the forward that fills a stage comes the backward of some chunk, which ends with a layer or, with one chunk surely, the head.
+        # After the forward that fills a stage comes the backward of some chunk, which ends with a layer or the head: with one chunk
+        # surely the head, if it is there.
         ends = shape.work > 0
         ends[:, EMBEDDING] = False
         if p.chunks == 1:
             ends[ends[:, HEAD], :HEAD] = False
         working = np.stack([self.work.working[row].min(axis=0) for row in ends])
-        passing = activations + 2 * shape.neighbours[:, None] * boundary
+        passing = activations + np.minimum(2, m) * shape.neighbours[:, None] * boundary
         return np.asarray(np.stack([passing[shape.kind == k].max(axis=0) for k in range(len(working))]) + working)
 
 

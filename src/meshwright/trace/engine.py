@@ -127,10 +127,19 @@ def _run(
         for storage in recorder.live:
             if storage.category == "activations":  # what outlives the step: tables of angles, counters of experts
                 storage.category = "buffers"
-        sections = list(recorder.sections)
+        sections = _with_buffers_of_the_step_before(recorder)
         known = _Known(sections, plan, engine.pipeline)
         del data, figures
     return StageTrace(stage, rank, tuple(sections)), known
+
+
+def _with_buffers_of_the_step_before(recorder: Recorder) -> list[Section]:
+    """The sections of any step but the first: buffers that are kept for the next of their size are there from the start."""
+    stays, (state, *rest) = recorder.staying, recorder.sections
+    for work in {part for section in rest for part in section.parts}:
+        work.events = [event for event in work.events if not (isinstance(event, Change) and event.storage in stays)]
+    there = [Change(storage, +1) for storage in recorder.live if storage in stays]
+    return [Section(state.name, Work([*state.work.events, *there]), Work()), *rest]
 
 
 def _replay(model: Model, layout: Layout, workload: Workload, rank: int, stage: int, known: _Known) -> StageTrace:
@@ -202,6 +211,7 @@ def _classify_state(recorder: Recorder, engine: Engine, optimizer: Optimizer) ->
     def taken(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         buffer = take(numel, dtype, device)
         recorder.classify(buffer, "buffers")
+        recorder.stays(buffer)
         return buffer
 
     engine.state.buffers.take = taken  # type: ignore[method-assign]
