@@ -159,11 +159,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first layout (default: 0)")
     parser.add_argument("--json", type=Path, help="read what is known, and add what is found")
     parser.add_argument("--markdown", type=Path, help="write the tables here too")
+    parser.add_argument("--known", action="store_true", help="trace nothing: only tables of what the JSON file has")
     options = parser.parse_args(arguments)
     known, results = _known(options.json), []
     for number in range(options.first, options.first + options.count):
         one = case(options.seed, number, RUNS)
         key = _key(one.name, str(one.layout), one.workload.seq, one.workload.global_batch)
+        if key not in known and options.known:
+            continue
         if key not in known:
             result = compare(one)
             if options.json:

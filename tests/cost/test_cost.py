@@ -360,8 +360,7 @@ def test_a_split_backward_hands_on_inputs_and_output_gradients_alone() -> None:
 
 
 def test_gradients_of_chunks_fill_a_bucket_together() -> None:
-    """A bucket of several chunks is whole from the first to come until the last, so more are at once than where one chunk fills each in
-    turn."""
+    """A bucket of several chunks is whole from the first to come until the last, so more are at once than where one fills each in turn."""
     model, work = load_model("llama-3.2-1b"), Workload(1024, 32)
     one, three = (
         gradient_buffer_bytes(rank_program(model, x, work, Place()), x, layout_schedule(x, 8), 0)

@@ -148,7 +148,7 @@ class Estimator:
                 most = max(most, len(sends))
                 if self.practice == OWN:
                     program = replace(state.program, chunks=chunks, boundary=sends)
-                    passing = fullest(program, layout, schedule, stage).total + beside_bytes(program)
+                    passing = fullest(program, layout, schedule, stage).total + beside_bytes(program, m)
                 else:  # other software lets go of whole gradients layer by layer
                     held = in_flight_bytes(chunks, schedule, stage, layout)
                     passing = sum(passing_bytes(pieces, held, sum(c.bytes for c in sends)).values())

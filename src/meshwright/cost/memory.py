@@ -62,14 +62,14 @@ def stage_memory(program: Program, layout: Layout, schedule: Schedule, stage: in
     moment = fullest(program, layout, schedule, stage)
     units = {"units": nbytes} if (nbytes := unit_buffer_bytes(program, layout)) else {}
     buffers = units | ({"whole gradients": moment.gradients} if moment.gradients else {})
-    passing = {"activations": moment.activations, "working": moment.working + beside_bytes(program)}
+    passing = {"activations": moment.activations, "working": moment.working + beside_bytes(program, schedule.micro_batches)}
     categories = state_bytes(program, layout) | buffers | passing | {"overhead": overhead}
     return StageMemory(stage, categories, away_bytes(program, layout))
 
 
-def beside_bytes(program: Program) -> int:
-    """What is there at any moment: the step's data, and a boundary tensor that waits to be sent while the next is received."""
-    return program.data + 2 * sum(c.bytes for c in program.boundary)
+def beside_bytes(program: Program, micro_batches: int) -> int:
+    """What is there at any moment: the step's data, and a boundary tensor that waits to be sent while the next, if any, is received."""
+    return program.data + min(2, micro_batches) * sum(c.bytes for c in program.boundary)
 
 
 def gradient_buffer_bytes(program: Program, layout: Layout, schedule: Schedule, stage: int) -> int:

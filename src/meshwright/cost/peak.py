@@ -141,5 +141,7 @@ def _widened_bytes(program: Program, layout: Layout) -> int:
 
 
 def fullest(program: Program, layout: Layout, schedule: Schedule, stage: int) -> Moment:
-    """The moment at which a rank of `stage` holds most."""
-    return max(moments(program, layout, schedule, stage), key=lambda moment: moment.total)
+    """The moment at which a rank of `stage` holds most, in any step but the first: it finds all buffers made."""
+    every = list(moments(program, layout, schedule, stage))
+    most = max(every, key=lambda moment: moment.activations + moment.working)
+    return Moment(most.activations, most.working, every[-1].gradients)

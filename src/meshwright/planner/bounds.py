@@ -32,8 +32,8 @@ from meshwright.schedule.stages import placement, stage_chunks
 from meshwright.spec.layout import Layout
 
 SPLIT_BACKWARD = ("zb-h1", "zb-v", "dualpipe-v")
-EMBEDDING = -2
-"""Its row in the tables."""
+EMBEDDING, HEAD = -2, -1
+"""Their rows in the tables."""
 
 
 @dataclass(frozen=True)
@@ -206,11 +206,14 @@ class _Stages:
             activations = (flights * saved).sum(axis=1)
         else:
             activations = np.stack([_in_flight(p, size) for size in sizes.tolist()], axis=1)[:, which] * saved.min(axis=1)
-        # After the forward that fills a stage comes the backward of some chunk, whose last piece is a layer or the head.
+        # After the forward that fills a stage comes the backward of some chunk, which ends with a layer or the head: with one chunk
+        # surely the head, if it is there.
         ends = shape.work > 0
         ends[:, EMBEDDING] = False
+        if p.chunks == 1:
+            ends[ends[:, HEAD], :HEAD] = False
         working = np.stack([self.work.working[row].min(axis=0) for row in ends])
-        passing = activations + 2 * shape.neighbours[:, None] * boundary
+        passing = activations + np.minimum(2, m) * shape.neighbours[:, None] * boundary
         return np.asarray(np.stack([passing[shape.kind == k].max(axis=0) for k in range(len(working))]) + working)
 
 

@@ -93,8 +93,8 @@ def _are_entangled(layout: Layout, micro_batches: int) -> bool:
 class _Known:
     """What a stage has shown, for stages like it."""
 
-    def __init__(self, recorder: Recorder, plan: Plan, pipeline: Pipeline):
-        sections, self.posted = recorder.sections, recorder.posted
+    def __init__(self, sections: list[Section], posted: int, plan: Plan, pipeline: Pipeline):
+        self.posted = posted
         self.before, self.after, self.done = sections[: plan.first], sections[plan.last :], plan.done
         self.boundary, self.dtype, self.loss = pipeline.boundary, pipeline.dtype, pipeline.loss
 
@@ -129,10 +129,19 @@ def _run(
         for storage in recorder.live:
             if storage.category == "activations":  # what outlives the step: tables of angles, counters of experts
                 storage.category = "buffers"
-        sections = list(recorder.sections)
-        known = _Known(recorder, plan, engine.pipeline)
+        sections = _with_buffers_of_the_step_before(recorder)
+        known = _Known(sections, recorder.posted, plan, engine.pipeline)
         del data, figures
     return StageTrace(stage, rank, tuple(sections)), known
+
+
+def _with_buffers_of_the_step_before(recorder: Recorder) -> list[Section]:
+    """The sections of any step but the first: buffers that are kept for the next of their size are there from the start."""
+    stays, (state, *rest) = recorder.staying, recorder.sections
+    for work in {part for section in rest for part in section.parts}:
+        work.events = [event for event in work.events if not (isinstance(event, Change) and event.storage in stays)]
+    there = [Change(storage, +1) for storage in recorder.live if storage in stays]
+    return [Section(state.name, Work([*state.work.events, *there]), Work()), *rest]
 
 
 def _replay(model: Model, layout: Layout, workload: Workload, rank: int, stage: int, known: _Known) -> StageTrace:
@@ -192,6 +201,7 @@ def _classify_state(recorder: Recorder, engine: Engine, optimizer: Optimizer) ->
     def taken(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         buffer = take(numel, dtype, device)
         recorder.classify(buffer, "buffers")
+        recorder.stays(buffer)
         return buffer
 
     engine.state.buffers.take = taken  # type: ignore[method-assign]

@@ -40,6 +40,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.paths = Paths()
         self.sections: list[Section] = []
+        self.staying: set[Storage] = set()
         self._seen: dict[int, tuple[weakref.ref[Any], Storage]] = {}
         self._live: set[Storage] = set()
         self._travels: set[Storage] = set()
@@ -107,6 +108,10 @@ class Recorder(TorchDispatchMode):
     def adopt(self, tensor: Tensor) -> None:
         """Watch what was made before."""
         self._came(tensor)
+
+    def stays(self, tensor: Tensor) -> None:
+        """Nobody lets go of `tensor`'s storage, in this step or later."""
+        self.staying.add(self.storage(tensor))
 
     def storage(self, tensor: Tensor) -> Storage:
         return self._seen[tensor.untyped_storage()._cdata][1]
