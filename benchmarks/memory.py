@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from memory_ranks import Held, held
-from meshwright.cost.memory import gradient_buffer_bytes, in_flight_bytes, state_bytes
+from meshwright.cost.memory import in_flight_bytes, state_bytes
+from meshwright.cost.peak import gradient_buffer_bytes
 from meshwright.cost.program import Place, rank_program
 from meshwright.cost.units import unit_buffer_bytes
 from meshwright.parallel.ranks import RankPool

@@ -16,10 +16,10 @@ from meshwright.cost.collectives import WIRE_FACTOR, CollectiveTimes
 from meshwright.cost.estimate import Estimator, estimate
 from meshwright.cost.flops import model_flops_per_token
 from meshwright.cost.kernels import Kernels, interpolate
-from meshwright.cost.memory import away_bytes, gradient_buffer_bytes, stage_memory, state_bytes
+from meshwright.cost.memory import away_bytes, stage_memory, state_bytes
 from meshwright.cost.offload import OffloadCost
 from meshwright.cost.ops import Attention, Collective, Gemm, Op, Piece, Under
-from meshwright.cost.peak import ChunkBytes
+from meshwright.cost.peak import ChunkBytes, gradient_buffer_bytes
 from meshwright.cost.pieces import layer_piece
 from meshwright.cost.program import Place, Program, rank_program
 from meshwright.cost.result import Estimate

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from meshwright.cost.offload import PLACES, away, keeps_parameters_away
 from meshwright.cost.ops import Piece
-from meshwright.cost.peak import fullest, moments, put_off_bytes
+from meshwright.cost.peak import fullest, put_off_bytes
 from meshwright.cost.program import Pieces, Program
 from meshwright.cost.units import unit_buffer_bytes
 from meshwright.schedule.actions import Schedule
@@ -70,11 +70,6 @@ def stage_memory(program: Program, layout: Layout, schedule: Schedule, stage: in
 def beside_bytes(program: Program, micro_batches: int) -> int:
     """What is there at any moment: the step's data, and a boundary tensor that waits to be sent while the next, if any, is received."""
     return program.data + min(2, micro_batches) * sum(c.bytes for c in program.boundary)
-
-
-def gradient_buffer_bytes(program: Program, layout: Layout, schedule: Schedule, stage: int) -> int:
-    """Of the buffers that a rank of `stage` has for whole gradients when a step is over, beyond those for the parameters of units."""
-    return max(moment.gradients for moment in moments(program, layout, schedule, stage))
 
 
 def in_flight_bytes(chunks: tuple[Pieces, ...], schedule: Schedule, stage: int, layout: Layout) -> int:

@@ -7,6 +7,7 @@ the inputs of linears and the gradients of their outputs, until the second is th
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,6 @@ from meshwright.cost.gradients import STEADY, GradientBuffers
 from meshwright.cost.ops import Gemm, Piece, Under
 from meshwright.cost.program import Pieces, Program
 from meshwright.schedule.actions import Kind, Schedule
-from meshwright.schedule.pairs import computations
 from meshwright.spec.layout import Layout
 from meshwright.spec.precision import StateBytes, StateDtypes
 
@@ -95,43 +95,41 @@ class Moment:
         return self.activations + self.working + self.gradients
 
 
-def moments(program: Program, layout: Layout, schedule: Schedule, stage: int) -> Iterator[Moment]:
-    """What a rank of `stage` holds through a step; moments like others are left out."""
-    chunks, buffers = [ChunkBytes.of(pieces, layout) for pieces in program.chunks], GradientBuffers(program, layout)
+def moments(program: Program, layout: Layout, schedule: Schedule, stage: int) -> Iterator[tuple[int, int]]:
+    """(activations, temporaries) of a rank of `stage` through a step; moments that others are above are left out."""
+    chunks = [ChunkBytes.of(pieces, layout) for pieces in program.chunks]
     at = {split: [chunk.backward(split=split) for chunk in chunks] for split in (False, True)}
     sizes = [*(chunk.kept for chunk in chunks), *(chunk.deferred for chunk in chunks)]
-    held, done, seen = [0] * len(sizes), [0] * len(chunks), set[tuple[int, bool, int]]()
-    for unit in computations(schedule, stage):
-        # Of a pair both passes run: what the forward leaves is there, and its temporaries too.
-        beside = max(chunks[unit[0].chunk].working) if len(unit) > 1 else 0
-        for action in unit:
-            kind, here = action.kind, action.chunk
-            if kind is Kind.FORWARD:
-                held[here] += 1
-            elif kind.gives_input_gradient:
-                held[here] -= 1
-                split, others = kind is Kind.BACKWARD_INPUT, _sum(held, sizes)
-                is_changing = buffers.is_used and min(done) < STEADY
-                done[here] += 1
-                if is_changing or (here, split, others + beside) not in seen:
-                    seen.add((here, split, others + beside))
-                    yield Moment(others + chunks[here].kept, chunks[here].loss + beside, buffers.bytes)
-                    its = at[split][here]
-                    for place in buffers.backward(here, split=split) if is_changing else range(len(its)):
-                        yield Moment(others + its[place][0], its[place][1] + beside, buffers.bytes)
-                held[len(chunks) + here] += split
-            elif kind is Kind.BACKWARD_WEIGHT:
-                now = Moment(_sum(held, sizes), chunks[here].product, buffers.bytes)
-                yield now
-                if buffers.is_used:
-                    for _ in buffers.weights(here):
-                        yield Moment(now.activations, now.working, buffers.bytes)
-                held[len(chunks) + here] -= 1
-    yield Moment(0, _widened_bytes(program, layout), buffers.bytes)
+    # Of a pair both passes run: beside a whole backward are the temporaries of a forward of another chunk.
+    beside = [max((max(o.working) for o in chunks if o is not own), default=0) * schedule.paired for own in chunks]
+    for kind, here, held in schedule.backwards(stage):
+        others = sum(count * size for count, size in zip(held, sizes, strict=True))
+        if kind is Kind.BACKWARD_WEIGHT:
+            yield others + chunks[here].deferred, chunks[here].product
+            continue
+        other = beside[here] if kind is Kind.BACKWARD else 0
+        yield others + chunks[here].kept, chunks[here].loss + other
+        for own, working in at[kind is Kind.BACKWARD_INPUT][here]:
+            yield others + own, working + other
+    yield 0, _widened_bytes(program, layout)
 
 
-def _sum(counts: list[int], sizes: list[int]) -> int:
-    return sum(count * size for count, size in zip(counts, sizes, strict=True))
+def gradient_buffer_bytes(program: Program, layout: Layout, schedule: Schedule, stage: int) -> int:
+    """Of the buffers that a rank of `stage` has for whole gradients when a step is over, beyond those for the parameters of units."""
+    buffers = GradientBuffers(program, layout)
+    if not buffers.is_used:
+        return 0
+    done = [0] * schedule.chunks
+    for action in schedule.actions[stage]:
+        if action.kind is Kind.BACKWARD_WEIGHT:
+            deque(buffers.weights(action.chunk), maxlen=0)
+        elif action.kind.gives_input_gradient:
+            deque(buffers.backward(action.chunk, split=action.kind is Kind.BACKWARD_INPUT), maxlen=0)
+        if action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT):
+            done[action.chunk] += 1
+            if min(done) >= STEADY:
+                break
+    return buffers.bytes
 
 
 def _widened_bytes(program: Program, layout: Layout) -> int:
@@ -142,6 +140,5 @@ def _widened_bytes(program: Program, layout: Layout) -> int:
 
 def fullest(program: Program, layout: Layout, schedule: Schedule, stage: int) -> Moment:
     """The moment at which a rank of `stage` holds most, in any step but the first: it finds all buffers made."""
-    every = list(moments(program, layout, schedule, stage))
-    most = max(every, key=lambda moment: moment.activations + moment.working)
-    return Moment(most.activations, most.working, every[-1].gradients)
+    activations, working = max(moments(program, layout, schedule, stage), key=sum)
+    return Moment(activations, working, gradient_buffer_bytes(program, layout, schedule, stage))

@@ -183,6 +183,29 @@ class Schedule:
             self._held[stage] = {a for a in each if not any(a != b and all(map(le, a, b)) for b in each)}
         return self._held[stage]
 
+    def backwards(self, stage: int) -> set[tuple[Kind, int, tuple[int, ...]]]:
+        """(kind, chunk, held) of each backward and half of one: `held` counts the micro-batches of which the stage holds what a forward
+        of each chunk left, then those of which it holds what the first half left, without the one of the action. Those beside which
+        another of the same kind and chunk holds as many of all are left out."""
+        if stage not in self._backwards:
+            chunks, each = self.chunks, dict[tuple[Kind, int], set[tuple[int, ...]]]()
+            held = [0] * 2 * chunks
+            for action in self.actions[stage]:
+                if action.kind is Kind.FORWARD:
+                    held[action.chunk] += 1
+                elif action.kind.is_compute:
+                    held[action.chunk + chunks * (action.kind is Kind.BACKWARD_WEIGHT)] -= 1
+                    each.setdefault((action.kind, action.chunk), set()).add(tuple(held))
+                    held[chunks + action.chunk] += action.kind is Kind.BACKWARD_INPUT
+            self._backwards[stage] = {
+                (*key, a) for key, its in each.items() for a in its if not any(a != b and all(map(le, a, b)) for b in its)
+            }
+        return self._backwards[stage]
+
+    @cached_property
+    def _backwards(self) -> dict[int, set[tuple[Kind, int, tuple[int, ...]]]]:
+        return {}
+
     @cached_property
     def _held(self) -> dict[int, set[tuple[int, ...]]]:
         return {}
