@@ -97,8 +97,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak(model: Model, workload: Workload, layout: Layout) -> int:
-    """Of this rank. gloo says that a send is through only when it is asked to wait, so each is waited for when its stage next
-    communicates."""
+    """Of this rank. gloo says that a send is through only when it is asked to wait: each is, when its stage next communicates."""
     pipeline.MOST_LEAVING = 0
     mesh = build_mesh(layout, model, torch.device("cpu"))
     with LiveBytes() as live:

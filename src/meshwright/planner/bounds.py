@@ -27,7 +27,7 @@ from meshwright.cost.ops import Collective
 from meshwright.planner.space import Bools, Floats, Ints, Pipeline, Space
 from meshwright.planner.state import BACKWARD, BYTES, FORWARD, REDUCTION, REST, Held, StatePrices
 from meshwright.planner.tables import Kind, Tables
-from meshwright.schedule.orders import peak_in_flight
+from meshwright.schedule.orders import peak_held, peak_in_flight
 from meshwright.schedule.stages import placement, stage_chunks
 from meshwright.spec.layout import Layout
 
@@ -139,6 +139,7 @@ class _Work(NamedTuple):
     backward: Floats
     weight: Floats
     saved: Floats
+    put_off: Floats
     working: Floats
 
     def take(self, its: Ints) -> _Work:
@@ -214,7 +215,14 @@ class _Stages:
             ends[ends[:, HEAD], :HEAD] = False
         working = np.stack([self.work.working[row].min(axis=0) for row in ends])
         passing = activations + np.minimum(2, m) * shape.neighbours[:, None] * boundary
-        return np.asarray(np.stack([passing[shape.kind == k].max(axis=0) for k in range(len(working))]) + working)
+        bound = np.stack([passing[shape.kind == k].max(axis=0) for k in range(len(working))]) + working
+        if not shape.splits:
+            return np.asarray(bound)
+        # Of each micro-batch held there is what its forward saved, or what its weights' half needs.
+        least = np.minimum(saved, (shape.counts @ self.work.put_off)[shape.places]).min(axis=1)
+        held = np.stack([_held(p, size) for size in sizes.tolist()], axis=1)[:, which] * least
+        most = np.stack([held[shape.kind == k].max(axis=0) for k in range(len(working))])
+        return np.asarray(np.maximum(bound, most))
 
 
 @lru_cache(maxsize=4096)
@@ -222,6 +230,13 @@ def _in_flight(pipeline: Pipeline, micro_batches: int) -> Ints:
     """[stages]: chunks in flight. What the second half of a split backward still needs of others may be next to nothing."""
     p = pipeline
     return np.array([peak_in_flight(p.schedule, stage, p.pp, micro_batches, p.chunks) for stage in range(p.pp)])
+
+
+@lru_cache(maxsize=4096)
+def _held(pipeline: Pipeline, micro_batches: int) -> Ints:
+    """[stages]: chunks of which anything is there, be it for the weights' half of a backward."""
+    p = pipeline
+    return np.array([peak_held(p.schedule, stage, p.pp, micro_batches, p.chunks) for stage in range(p.pp)])
 
 
 @lru_cache(maxsize=4096)

@@ -10,6 +10,7 @@ import numpy as np
 
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.ops import PART, Collective, Op, Piece
+from meshwright.cost.peak import put_off_bytes
 from meshwright.cost.pieces import (
     Part,
     Shapes,
@@ -23,6 +24,7 @@ from meshwright.cost.pieces import (
 )
 from meshwright.planner.space import Floats, Ints, Local, Space
 from meshwright.spec.layout import Layout
+from meshwright.spec.precision import STATE_BYTES
 from meshwright.spec.shards import Seat, Shard, Split, chunk_shards
 
 K = TypeVar("K")
@@ -40,6 +42,8 @@ class Figures(NamedTuple):
     """Seconds of both passes while every rank of the node computes."""
     saved: float = 0.0
     """Bytes kept for backward."""
+    put_off: float = 0.0
+    """Bytes that the weights' half of a split backward needs."""
     working: float = 0.0
     """Bytes of the largest temporary."""
 
@@ -115,7 +119,8 @@ def _figures(estimator: Estimator, piece: Piece, layout: Layout) -> Figures:
         busy = estimator.durations(((piece, 1),), layout, shared=True)
         crowded = busy.forward + busy.backward
     working = max(piece.working_bytes, piece.loss_bytes)
-    return Figures(alone.forward, alone.backward, alone.weight, crowded, piece.saved_bytes, working)
+    put_off = put_off_bytes(piece, STATE_BYTES[layout.precision].parameter)
+    return Figures(alone.forward, alone.backward, alone.weight, crowded, piece.saved_bytes, put_off, working)
 
 
 def _recomputed(estimator: Estimator, piece: Piece, layout: Layout, plain: Figures) -> Figures:
@@ -127,6 +132,7 @@ def _recomputed(estimator: Estimator, piece: Piece, layout: Layout, plain: Figur
         plain.weight,
         plain.crowded + again.crowded,
         piece.saved_bytes,
+        plain.put_off,
         piece.working_bytes,
     )
 
@@ -168,7 +174,7 @@ def _add_experts(
         [each(sizes[at], expert) for at, expert in (divmod(pair, len(space.experts)) for pair in pairs.tolist())]
     )
     more = values.T[:, which] + np.array([beside(*key) for key in others]).T[:, other[space.local]]
-    forward, backward, weight, crowded, saved, own, again = more
+    forward, backward, weight, crowded, saved, put_off, own, again = more
     full = np.array([x.recompute == "full" for x in space.locals])[space.local]
     for row in [row for row, (_, moe) in enumerate(kinds) if moe]:
         whole["forward"][row] += forward
@@ -176,6 +182,7 @@ def _add_experts(
         whole["weight"][row] += weight
         whole["crowded"][row] += crowded
         whole["saved"][row] += ~full * saved
+        whole["put_off"][row] += put_off
         whole["working"][row] += full * saved + own - working[space.local]
 
 
