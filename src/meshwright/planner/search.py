@@ -35,6 +35,8 @@ FIRST_BLOCK = 256
 """Combinations that get their tighter bounds at once; each further block is eight times as large."""
 PLAYED, CLOSE = 48, 5e-3
 """Once so many layouts have been played, one that by its bound could be quicker by no more than this share is not played."""
+FAR = 1.5
+"""Nothing is played first whose bound is above that of combinations still unseen by more than this factor."""
 MOST_PLAYED, SMALL_SPACE = 256, 4096
 """Layouts played at most, in spaces that have more than so many. What the bounds still leave in doubt is the answer's `gap`."""
 MOST_PER_KIND = 4096
@@ -179,7 +181,7 @@ class _Search:
             enough = best * (1 - CLOSE) if len(self.played) >= PLAYED and fit >= top and not small else best
             unseen = float(least[order[start]]) if start < len(order) else float("inf")
             # The first to be played need not be the first of all: once a step is known, most others need no bound of their own.
-            known = best < float("inf") or queue.least == float("inf")
+            known = best < float("inf") or queue.least > FAR * unseen
             if unseen < min(queue.least, enough) and known:
                 queue.add(*self._block(order[start : start + block], enough))
                 start, block = start + block, 8 * block

@@ -108,7 +108,7 @@ class StatePrices:
 
     def _of_stage(self, held: Held, at: Ints, zero: int, shard: Ints) -> Floats:
         size, out = self.size, np.zeros((5, len(at)))
-        owned_all, elements_all = np.zeros(len(at)), np.zeros(len(at))
+        owned_all, elements_all, buffer = np.zeros(len(at)), np.zeros(len(at)), np.zeros(len(at))
         for group in _groups(zero):
             cuts, (rows, table) = self._cuts(group, at, zero, shard), self._shards(group)
             count, each = np.array(held)[rows][:, None], table[:, self.tables.split[at]]
@@ -135,11 +135,16 @@ class StatePrices:
             if zero >= 2:
                 out[BACKWARD] += scatter
             whole = cuts.cuts == 1
+            alone = bunches.count * bunches.each > 0 if group.comes_and_goes else count * each > 0
+            largest = (alone * (bunches.each if group.comes_and_goes else each)).max(axis=0)
+            buffer = np.maximum(buffer, ~whole * largest)
             out[REDUCTION] += np.where(whole, replicas, scatter if zero < 2 else 0.0)
             out[REST] += np.where(whole, 0.0, replicas + (0.0 if group.comes_and_goes else gather))
             parameters = owned if group.comes_and_goes else elements
             gradients = owned if zero >= 2 else elements
             out[BYTES] += parameters * size.parameter + gradients * size.gradient + owned * size.optimizer
+        if zero >= 2 and size.gradient != size.parameter:  # a whole gradient goes through no parameters' buffer
+            out[BYTES] += buffer * size.gradient
         # As `cost/program.py` has the optimizer, without padding.
         moved = (
             owned_all * (2 * (size.optimizer + size.parameter) + size.gradient)
