@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 from meshwright.cost.adapt import as_practised, with_buckets_of, with_gradients_of
@@ -128,14 +128,11 @@ class Estimator:
     def played(self, layout: Layout) -> Price:
         """Step time and peak as in `estimate`, without its tables: for pricing many layouts."""
         m = micro_batches(layout, self.workload)
-        schedule = brief_order(layout, m)
         seconds: list[list[ChunkSeconds]] = [[] for _ in range(layout.pp)]
         send, most = self.send_seconds(layout), 0
-        end = peak = floor = 0.0
+        end = floor = 0.0
         for members in alike_stages(self.model, layout):
-            state = self._state(layout, members[0])
-            its = chunk_pieces(self.model, layout, self.workload.seq, Place(members[0]))
-            chunks = tuple(self._practised(chunk, layout) for chunk in its)
+            state, chunks = self._state(layout, members[0]), self._chunks(layout, members[0])
             pieces = tuple(piece for chunk in chunks for piece in chunk)
             each = [
                 self._passing(self.durations(c, layout, shared=False), state.passes.of_one(len(chunks))) for c in chunks
@@ -144,21 +141,40 @@ class Estimator:
             end = max(end, self._exposed_reduction(state.reductions, whole) + state.rest)
             for stage in members:
                 seconds[stage] = [self._in_schedule(d, layout) for d in each]
-                sends = boundary(self.model, layout, self.workload.seq, stage)
-                most = max(most, len(sends))
-                if self.practice == OWN:
-                    program = replace(state.program, chunks=chunks, boundary=sends)
-                    passing = fullest(program, layout, schedule, stage).total + beside_bytes(program, m)
-                else:  # other software lets go of whole gradients layer by layer
-                    held = in_flight_bytes(chunks, schedule, stage, layout)
-                    passing = sum(passing_bytes(pieces, held, sum(c.bytes for c in sends)).values())
-                peak = max(peak, state.bytes + passing + self.overhead)
+                most = max(most, len(boundary(self.model, layout, self.workload.seq, stage)))
             if self.cluster.node.compute_slots is not None:
                 busy = self.durations(pieces, layout, shared=True)
                 floor += (busy.forward + busy.backward) * len(members) * m / layout.pp
         pipelined = step_end(layout, m, seconds, send)
         step = max(pipelined, floor if layout.world > 1 else 0.0, most * m * send) + end
-        return Price(step, int(peak), peak <= self.cluster.accelerator.memory_bytes)
+        peak = max(self._peaks(layout))
+        return Price(step, peak, peak <= self.cluster.accelerator.memory_bytes)
+
+    def fits(self, layout: Layout) -> bool:
+        """What `played` says of it, without its time."""
+        limit = self.cluster.accelerator.memory_bytes
+        return all(peak <= limit for peak in self._peaks(layout))
+
+    def _peaks(self, layout: Layout) -> Iterator[int]:
+        """Bytes of a rank of each stage."""
+        m = micro_batches(layout, self.workload)
+        schedule = brief_order(layout, m)
+        for members in alike_stages(self.model, layout):
+            state, chunks = self._state(layout, members[0]), self._chunks(layout, members[0])
+            for stage in members:
+                sends = boundary(self.model, layout, self.workload.seq, stage)
+                if self.practice == OWN:
+                    program = replace(state.program, chunks=chunks, boundary=sends)
+                    passing = fullest(program, layout, schedule, stage).total + beside_bytes(program, m)
+                else:  # other software lets go of whole gradients layer by layer
+                    held = in_flight_bytes(chunks, schedule, stage, layout)
+                    pieces = tuple(piece for chunk in chunks for piece in chunk)
+                    passing = sum(passing_bytes(pieces, held, sum(c.bytes for c in sends)).values())
+                yield int(state.bytes + passing + self.overhead)
+
+    def _chunks(self, layout: Layout, stage: int) -> tuple[Pieces, ...]:
+        its = chunk_pieces(self.model, layout, self.workload.seq, Place(stage))
+        return tuple(self._practised(chunk, layout) for chunk in its)
 
     def _state(self, layout: Layout, stage: int) -> _State:
         """What a stage's parameters cost, whatever the micro-batch: layouts that share it plan their buckets once."""

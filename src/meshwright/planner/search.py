@@ -39,6 +39,8 @@ FAR = 1.5
 """Nothing is played first whose bound is above that of combinations still unseen by more than this factor."""
 MOST_PLAYED, SMALL_SPACE = 256, 4096
 """Layouts played at most, in spaces that have more than so many. What the bounds still leave in doubt is the answer's `gap`."""
+OF_A_SCHEDULE = 3
+"""Layouts of an obvious kind that are played, of each schedule, until one fits."""
 MOST_PER_KIND = 4096
 """Combinations of each obvious kind that are looked at."""
 
@@ -214,14 +216,21 @@ class _Search:
         return self.estimator.estimate(best)
 
     def alternatives(self, best: Layout) -> Iterator[tuple[str, Estimate]]:
-        """The best of each obvious kind (the quickest that fits, by its bound; else what needs least memory), unless the best of all
-        is of that kind itself."""
+        """The best of each obvious kind (of the quickest that fit by their bounds the first that does when it is played; else what
+        needs least memory), unless the best of all is of that kind itself."""
         seen = {best}
         kinds = [(name, kind) for name, kind in kinds_of(self.estimator.cluster.fabric.domain) if not kind.holds(best)]
         for (name, _), found in zip(kinds, self._best_of([kind for _, kind in kinds]), strict=True):
-            if found.layout is not None and found.layout not in seen:
-                seen.add(found.layout)
-                yield name, self.estimator.estimate(found.layout)
+            layout = self._first_that_fits(found)
+            if layout is not None and layout not in seen:
+                seen.add(layout)
+                yield name, self.estimator.estimate(layout)
+
+    def _first_that_fits(self, found: _Found) -> Layout | None:
+        for _, layout in found.fitting:
+            if self.played[layout].fits if layout in self.played else self.estimator.fits(layout):
+                return layout
+        return found.fitting[0][1] if found.fitting else found.least
 
     def _best_of(self, kinds: list[Kind]) -> list[_Found]:
         """First of those already priced and of the most promising of each kind; then of all that may still be quicker."""
@@ -286,15 +295,21 @@ def _layout(space: Space, bounds: Bounds, index: int) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The quickest that fits, by its bound, else what needs the fewest bytes."""
+    """The quickest that fit by their bounds, else what needs the fewest bytes."""
 
-    seconds: float = float("inf")
+    fitting: tuple[tuple[float, Layout], ...] = ()
+    """With their seconds, a few of each schedule, quickest first."""
     bytes: float = float("inf")
-    """Of what does not fit."""
-    layout: Layout | None = None
+    least: Layout | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.fitting[0][0] if self.fitting else float("inf")
 
     def or_(self, other: _Found) -> _Found:
-        return min(self, other, key=lambda found: (found.seconds, found.bytes))
+        fitting = sorted((*self.fitting, *other.fitting), key=lambda one: one[0])
+        least = min(self, other, key=lambda found: found.bytes)
+        return _Found(tuple(fitting), least.bytes, least.least)
 
 
 class _Flat:
@@ -325,10 +340,19 @@ class _Flat:
             return _Found()
         fits = its[self.bytes[its] <= limit]
         if len(fits):
-            row = int(fits[np.argmin(self.seconds[fits])])
-            return _Found(float(self.seconds[row]), 0.0, self.layout(row))
+            return _Found(tuple((float(self.seconds[row]), self.layout(row)) for row in self._quickest(fits)))
         row = int(its[np.argmin(self.bytes[its])])
-        return _Found(bytes=float(self.bytes[row]), layout=self.layout(row))
+        return _Found(bytes=float(self.bytes[row]), least=self.layout(row))
+
+    def _quickest(self, rows: Ints) -> list[int]:
+        """Of `rows`, a few of each schedule: their bounds of memory are not equally near."""
+        schedules = np.array([b.pipeline.schedule for b in self.every])[self.number[rows]]
+        found: list[int] = []
+        for schedule in np.unique(schedules):
+            its = rows[schedules == schedule]
+            few = min(OF_A_SCHEDULE, len(its))
+            found += its[np.argpartition(self.seconds[its], few - 1)[:few]].tolist()
+        return sorted(found, key=lambda row: float(self.seconds[row]))
 
 
 class _Queue:
