@@ -39,7 +39,7 @@ FAR = 1.5
 """Nothing is played first whose bound is above that of combinations still unseen by more than this factor."""
 MOST_PLAYED, SMALL_SPACE = 256, 4096
 """Layouts played at most, in spaces that have more than so many. What the bounds still leave in doubt is the answer's `gap`."""
-OF_A_SCHEDULE = 3
+OF_A_SCHEDULE = 2
 """Layouts of an obvious kind that are played, of each schedule, until one fits."""
 MOST_PER_KIND = 4096
 """Combinations of each obvious kind that are looked at."""
@@ -166,6 +166,7 @@ class _Search:
         self.closed = ClosedForm(space, estimator, make_tables(space, estimator))
         self.limit = estimator.cluster.accelerator.memory_bytes
         self.played: dict[Layout, Price] = {}
+        self.fit: dict[Layout, bool] = {}
         self.priced = self.fitting = 0
         self.gap = 0.0
         self.bounds: list[Bounds] = []
@@ -228,7 +229,9 @@ class _Search:
 
     def _first_that_fits(self, found: _Found) -> Layout | None:
         for _, layout in found.fitting:
-            if self.played[layout].fits if layout in self.played else self.estimator.fits(layout):
+            if layout not in self.fit:
+                self.fit[layout] = self.played[layout].fits if layout in self.played else self.estimator.fits(layout)
+            if self.fit[layout]:
                 return layout
         return found.fitting[0][1] if found.fitting else found.least
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from meshwright.schedule.actions import Action, Kind, Schedule, Seat
+from meshwright.schedule.actions import Action, Kind, Schedule
 from meshwright.schedule.pairs import Unit, computations
 from meshwright.spec.errors import UserError
 
@@ -67,57 +67,59 @@ def wind_clock(schedule: Schedule) -> list[Waits]:
 
     Raises UserError when the stages wait for each other.
     """
+    forward, put_off = Kind.FORWARD, Kind.BACKWARD_WEIGHT
     work = [computations(schedule, stage) for stage in range(schedule.stages)]
+    seats = [_seats(schedule, stage) for stage in range(schedule.stages)]
     at = [0] * schedule.stages
     # By direction, place and micro-batch: which computation it was.
-    done: dict[bool, list[dict[int, int]]] = {
-        on: [{} for _ in range(schedule.stages * schedule.chunks)] for on in (True, False)
-    }
+    places = schedule.stages * schedule.chunks
+    done = {on: [[-1] * schedule.micro_batches for _ in range(places)] for on in (True, False)}
     out: list[Waits] = []
     moved = True
     while moved:
         moved = False
         for stage, units in enumerate(work):
-            seats = [
-                (place, schedule.before(stage, chunk), schedule.after(stage, chunk))
-                for chunk, place in enumerate(schedule.placement[stage])
-            ]
             first = at[stage]
             for unit in islice(units, first, None):
-                ready = _ready(stage, unit, seats, done)
-                if len(ready) < len(unit):
-                    break
-                for waits in ready:
-                    kind, micro_batch, chunk = waits.action.kind, waits.action.micro_batch, waits.action.chunk
-                    if kind is not Kind.BACKWARD_WEIGHT:
-                        done[kind is Kind.FORWARD][seats[chunk][0]][micro_batch] = len(out)
-                    out.append(waits)
-                at[stage] += 1
+                began = len(out)
+                for action in unit:
+                    kind = action.kind
+                    if kind is put_off:
+                        out.append(Waits(stage, action, -1, False))
+                        continue
+                    on = kind is forward
+                    source, travels = seats[stage][action.chunk][on]
+                    index = done[on][source][action.micro_batch] if source is not None else -1
+                    if source is not None and index < 0:
+                        break
+                    out.append(Waits(stage, action, index, travels, len(out) > began))
+                else:
+                    for number, action in enumerate(unit, began):
+                        if action.kind is not put_off:
+                            done[action.kind is forward][schedule.placement[stage][action.chunk]][action.micro_batch] = (
+                                number
+                            )
+                    at[stage] += 1
+                    continue
+                del out[began:]  # of a pair, one can begin and the other cannot
+                break
             moved = moved or at[stage] > first
     if any(at[stage] < len(units) for stage, units in enumerate(work)):
         raise _stuck(schedule, {stage: units[at[stage]] for stage, units in enumerate(work) if at[stage] < len(units)})
     return out
 
 
-def _ready(
-    stage: int,
-    unit: Unit,
-    seats: Sequence[tuple[int, Seat | None, Seat | None]],
-    done: Mapping[bool, Sequence[Mapping[int, int]]],
-) -> list[Waits]:
-    """What the computations of a unit wait for, up to the first whose source is not done."""
-    out: list[Waits] = []
-    for action in unit:
-        index, travels = -1, False
-        if action.kind is not Kind.BACKWARD_WEIGHT:
-            forward = action.kind is Kind.FORWARD
-            place, before, after = seats[action.chunk]
-            source, there = (before, place - 1) if forward else (after, place + 1)
-            if source is not None:
-                index, travels = done[forward][there].get(action.micro_batch, -1), source[0] != stage
-                if index < 0:
-                    break
-        out.append(Waits(stage, action, index, travels, joins=len(out) > 0))
+def _seats(schedule: Schedule, stage: int) -> list[dict[bool, tuple[int | None, bool]]]:
+    """Of each chunk, forward (True) and backward: the place that it waits for, if any, and whether that is another stage's."""
+    out: list[dict[bool, tuple[int | None, bool]]] = []
+    for chunk, place in enumerate(schedule.placement[stage]):
+        before, after = schedule.before(stage, chunk), schedule.after(stage, chunk)
+        out.append(
+            {
+                True: (place - 1, before[0] != stage) if before is not None else (None, False),
+                False: (place + 1, after[0] != stage) if after is not None else (None, False),
+            }
+        )
     return out
 
 
