@@ -39,8 +39,8 @@ FAR = 1.5
 """Nothing is played first whose bound is above that of combinations still unseen by more than this factor."""
 MOST_PLAYED, SMALL_SPACE = 256, 4096
 """Layouts played at most, in spaces that have more than so many. What the bounds still leave in doubt is the answer's `gap`."""
-OF_A_SCHEDULE = 2
-"""Layouts of an obvious kind that are played, of each schedule, until one fits."""
+TRIED = 12
+"""Layouts of an obvious kind that are looked at until one fits, as many of each schedule."""
 MOST_PER_KIND = 4096
 """Combinations of each obvious kind that are looked at."""
 
@@ -350,10 +350,10 @@ class _Flat:
     def _quickest(self, rows: Ints) -> list[int]:
         """Of `rows`, a few of each schedule: their bounds of memory are not equally near."""
         schedules = np.array([b.pipeline.schedule for b in self.every])[self.number[rows]]
-        found: list[int] = []
-        for schedule in np.unique(schedules):
+        found, names = list[int](), np.unique(schedules)
+        for schedule in names:
             its = rows[schedules == schedule]
-            few = min(OF_A_SCHEDULE, len(its))
+            few = min(TRIED // len(names), len(its))
             found += its[np.argpartition(self.seconds[its], few - 1)[:few]].tolist()
         return sorted(found, key=lambda row: float(self.seconds[row]))
 
