@@ -54,13 +54,12 @@ class ChunkBytes:
         return sum(self.put_off)
 
     def backward(self, *, split: bool) -> list[tuple[int, int]]:
-        """(activations, temporaries) of this micro-batch while backward is at each piece, and where it ends it."""
+        """(activations, temporaries) of this micro-batch while backward is at each piece, the end included."""
         out, here, later = [], self.kept, 0
         its = zip(self.saved[::-1], self.working[::-1], self.put_off[::-1], self.ending[::-1], strict=True)
         for saved, working, put_off, ending in its:
-            out.append((here + later, working))
+            out.append((here + later, max(working, ending + put_off * split - saved)))
             here, later = here - saved, later + put_off * split
-            out.append((here + later, ending))
         return out
 
 
