@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ from fixtures import MODELS, SPARSE, WORKLOAD
 
 from drawn import case
 from meshwright.api import check, trace
+from meshwright.cost.gradients import turn_of
 from meshwright.cost.program import Place, rank_program
 from meshwright.cost.traffic import step_traffic
 from meshwright.export.chrome import write_chrome
+from meshwright.parallel.slots import GradientSlot
 from meshwright.schedule.actions import Kind
+from meshwright.schedule.buckets import unit_of
 from meshwright.spec.errors import UserError
 from meshwright.spec.grid import Grid
 from meshwright.spec.legality import check_layout
@@ -41,6 +45,7 @@ CHECKED = (
     ("few-kv-heads", "cp4:ring2xulysses2 tp2 mb2 fp32"),
     ("deepseek-v3-like", "dp2 tp2:sp ep2 etp2 pp2 mb2 fp32"),
     ("gpt-oss-like", "cp2:ulysses ep2 mb2 fp32"),
+    ("gpt-oss-like", "tp2:sp cp2:ulysses mb2 fp32"),  # sinks beside keys that several ranks hold
 )
 MORE = (
     ("tied", "pp2x2:dualpipe-v mb1 fp32"),
@@ -68,6 +73,10 @@ def test_the_program_says_what_the_engine_does(name: str, layout: str) -> None:
 PEAKS = (
     ("llama-tiny", "dp2:zero1 pp2:zb-h1 mb1 ac:full bf16", 512, 8),  # what halves of a backward hand on
     ("llama-tiny", "dp4:zero2 pp2x2:interleaved mb1 bf16 grads:bf16", 512, 16),  # chunks that fill a bucket together
+    ("llama-tiny", "dp2:zero1 tp4:async mb4 ac:full bf16 grads:bf16", 2048, 8),  # gradients of outputs put together
+    ("llama-tiny", "dp2:zero1 tp4:sp pp2x2:zb-v mb1 ac:full:2 bf16", 2048, 4),  # a norm when all of its layer is put off
+    # An embedding, whose parameters no backward needs:
+    ("gpt2", "dp8:zero3 pp12:zb-h1 mb1 ac:full bf16 params:fp32 grads:bf16", 128, 8),
 )
 MORE_PEAKS = (
     ("llama-tiny", "dp2:zero1 tp8:async cp4:ring mb4 fp32", 4096, 16),  # a head in pieces, data and tables of angles
@@ -75,6 +84,7 @@ MORE_PEAKS = (
     ("gpt2", "dp64:zero3x2 cp4:ulysses mb4 ac:full:2 bf16", 1024, 512),  # the loss before the head's buffer
     ("opt-125m", "dp2:zero1 pp2x2:interleaved cp4:ulysses mb1 ac:full:2 bf16", 2048, 12),
     ("qwen3-8b", "pp32:gpipe cp8:ulysses mb2 bf16 params:fp32", 1024, 2),  # the head's weight gradient above its logits
+    ("opt-6.7b", "dp4:zero2 pp8x2:zb-v cp8:ring2xulysses4 mb4 bf16", 1024, 16),  # gradients that come one after the other
 )
 
 
@@ -86,6 +96,26 @@ def test_a_peak_is_estimated_within_3_percent(name: str, layout: str, seq: int, 
     stages = check(model=name, layout=layout, seq=seq, global_batch=batch)
     assert not any(stage.differences for stage in stages)
     assert abs(max(stages, key=lambda stage: stage.peak_bytes).peak_error) < 0.03
+
+
+@pytest.mark.parametrize("name", ["qk-norm", "gpt2-like", "deepseek-v3-like", "gpt-oss-like"])
+def test_gradients_come_in_the_order_that_is_estimated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which buckets are whole at once depends on it. Biases share a bucket with norms, which is complete with a layer's first norm."""
+    came: list[str] = []
+    added = GradientSlot._added
+
+    def spied(slot: GradientSlot) -> None:
+        came.append(slot.shard.name)
+        added(slot)
+
+    monkeypatch.setattr(GradientSlot, "_added", spied)
+    trace_ranks(EVERY[name], parse_layout("mb1 fp32"), Workload(WORKLOAD.seq, 1), [0])
+    weights = [shard for shard in came if not shard.endswith(".bias")]
+    layers = {
+        unit: [turn_of(one) for one in its] for unit, its in groupby(weights, key=unit_of) if unit.startswith("layers.")
+    }
+    assert len(layers) == EVERY[name].layers
+    assert all(turns == sorted(turns) and len(turns) == len(set(turns)) > 4 for turns in layers.values())
 
 
 def test_drawn_layouts_are_legal_and_the_same_for_the_same_number() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator
+from functools import cache
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 from meshwright.cost.program import Program
-from meshwright.cost.units import unit_buffer_bytes, unit_elements
-from meshwright.schedule.buckets import Bucket, unit_of
+from meshwright.cost.units import UnitElements, unit_buffer_bytes
+from meshwright.schedule.buckets import unit_of
 from meshwright.spec.layout import Layout
 from meshwright.spec.precision import WIDTH, StateDtypes
 
@@ -19,11 +22,12 @@ STEADY = 3
 
 
 class Part(NamedTuple):
-    """What one unit of a chunk adds to a bucket: gradients that come with the first half of a split backward, and with the second."""
+    """Gradients of a unit that follow one another into the same bucket, in the order of backward. `is_second`: of linears, whose
+    gradients come with the second half of a split backward."""
 
     bucket: int
-    first: int
-    second: int
+    number: int
+    is_second: bool
 
 
 class GradientBuffers:
@@ -38,12 +42,11 @@ class GradientBuffers:
 
     def __init__(self, program: Program, layout: Layout):
         self.buckets, self.is_used = program.buckets, layout.zero >= 2 and any(b.cuts > 1 for b in program.buckets)
-        self.bytes = 0
         if not self.is_used:
             return
         gradient = StateDtypes.of(layout).gradient
         self._width, shared = WIDTH[gradient], gradient == layout.precision
-        self._parameters = unit_elements(program, layout) if shared else None
+        self._parameters = UnitElements(program, layout) if shared else None
         self._free = unit_buffer_bytes(program, layout) if shared else 0
         self.units = program.units
         self._parts = _parts(program)
@@ -51,40 +54,51 @@ class GradientBuffers:
         for chunk in self._parts:
             for parts in chunk:
                 for part in parts:
-                    self._expected[part.bucket] += part.first + part.second
+                    self._expected[part.bucket] += part.number
         self._missing = list(self._expected)
         self._whole: Counter[int] = Counter()
         self._most: dict[int, int] = {}
         self._under_way: deque[tuple[int, ...]] = deque()
         self._reduced: set[int] = set()
 
-    def backward(self, chunk: int, *, split: bool) -> Iterator[int]:
-        """Places of the chunk's units, from the last, each as often as the buffers change while backward is there."""
+    def forward(self, chunk: int) -> None:
+        """Where gradients are of the same dtype, the parameters of units take their buffers between two backwards."""
+        if self._parameters is None:
+            return
+        units = self.units[chunk]
+        for unit, coming in zip(units, (*units[1:], None), strict=True):
+            self._count(self._parameters.forward(unit, coming))
+
+    def backward(self, chunk: int, *, split: bool) -> None:
+        """A whole one, or the first half of one that is split."""
         units = self.units[chunk]
         for place in reversed(range(len(units))):
-            coming = units[place - 1] if place else None
-            adding = [(part.bucket, part.first + (0 if split else part.second)) for part in self._parts[chunk][place]]
-            for _ in self._added([one for one in adding if one[1]], units[place], coming):
-                yield place
+            here: Counter[int] = Counter()
+            if self._parameters is not None:
+                here = self._parameters.backward(units[place], place, units[place - 1] if place else None)
+                self._count(here)
+            for part in self._parts[chunk][place]:
+                if not (split and part.is_second):
+                    self._add(part, here)
 
-    def weights(self, chunk: int) -> Iterator[None]:
+    def weights(self, chunk: int) -> None:
         """The second half of a split backward."""
         for parts in self._parts[chunk][::-1]:
-            yield from self._added([(part.bucket, part.second) for part in parts if part.second], None, None)
+            for part in parts:
+                if part.is_second:
+                    self._add(part, Counter())
 
-    def _added(self, adding: list[tuple[int, int]], unit: str | None, coming: str | None) -> Iterator[None]:
-        for at, _ in adding:
+    def _add(self, part: Part, parameters: Counter[int]) -> None:
+        at, left = part.bucket, part.number
+        while left > 0:
             self._take(at)
-        self._count(unit, coming)
-        yield
-        for at, count in adding:
-            self._missing[at] -= count
-            while self._missing[at] <= 0:
+            now = min(left, self._missing[at])
+            left -= now
+            self._missing[at] -= now
+            if self._missing[at] == 0:
+                self._count(parameters)
                 self._reduce(at)
-                self._count(unit, None)
-                yield
-                if self._missing[at] < self._expected[at]:
-                    self._whole[self.buckets[at].numel] += 1
+            self._count(parameters)
 
     def _take(self, at: int) -> None:
         if self._missing[at] == self._expected[at]:
@@ -100,19 +114,59 @@ class GradientBuffers:
         self._under_way.append((bucket.numel, *part))
         self._missing[at] += self._expected[at]
 
-    def _count(self, unit: str | None, coming: str | None) -> None:
+    def _count(self, parameters: Counter[int]) -> None:
         in_use = self._whole
-        if self._parameters is not None and unit is not None:
-            in_use = in_use + self._parameters(unit, coming)
+        if parameters:
+            in_use = in_use + parameters
         for numel, count in in_use.items():
             if count > self._most.get(numel, 0):
                 self._most[numel] = count
-        self.bytes = max(0, self._width * sum(numel * count for numel, count in self._most.items()) - self._free)
+
+    @property
+    def bytes(self) -> int:
+        if not self.is_used:
+            return 0
+        return max(0, self._width * sum(numel * count for numel, count in self._most.items()) - self._free)
 
 
-def _last_in_layer(bucket: Bucket) -> tuple[bool, bool]:
-    """Backward ends a layer with attention, after the experts, and with the first norm's vector."""
-    return not bucket.decay, not bucket.routed
+_LAYER = (
+    "moe.shared.down",
+    "moe.shared.gate_up.gate",
+    "moe.shared.gate_up.up",
+    "moe.experts.down",
+    "moe.experts.gate_up.up",
+    "moe.experts.gate_up.gate",
+    "moe.router",
+    "mlp.down",
+    "mlp.gate_up.gate",
+    "mlp.gate_up.up",
+    "mlp_norm",
+    "attention.out",
+    "attention.sinks",
+    "attention.kv_up",
+    "attention.kv_down_norm",
+    "attention.kv_down",
+    "attention.q_up",
+    "attention.q_down_norm",
+    "attention.q_down",
+    "attention.q",
+    "attention.k_norm",
+    "attention.q_norm",
+    "attention.qkv.q",
+    "attention.qkv.k",
+    "attention.qkv.v",
+    "attention_norm",
+)
+"""In the order of backward: from the last to the first, but for the products of one input, which are computed as in forward."""
+_ENDS = ("head", "embedding.positions", "embedding.tokens", "norm")
+_TURN = {module: turn for turn, module in enumerate((*_ENDS, *_LAYER))}
+
+
+@cache
+def turn_of(name: str) -> int:
+    """When the gradient of a unit's parameter comes."""
+    module = name.rsplit(".", 1)[0] if not name.endswith(".sinks") else name
+    return _TURN[module.split(".", 2)[2] if module.startswith("layers.") else module]
 
 
 def _parts(program: Program) -> tuple[tuple[tuple[Part, ...], ...], ...]:
@@ -123,19 +177,25 @@ def _parts(program: Program) -> tuple[tuple[tuple[Part, ...], ...], ...]:
     for c, units in enumerate(program.units):
         for place, unit in enumerate(units):
             places.setdefault(unit, []).append((c, place))
-    found: dict[tuple[int, int], list[Part]] = {at: [] for its in places.values() for at in its}
-    for index, bucket in sorted(enumerate(program.buckets), key=lambda one: _last_in_layer(one[1])):
+    found: dict[tuple[int, int], list[tuple[int, Part]]] = {at: [] for its in places.values() for at in its}
+    for index, bucket in enumerate(program.buckets):
         if bucket.cuts == 1:
             continue
-        counts: dict[tuple[int, int], list[int]] = {}
         for shard in bucket.shards:
-            unit = unit_of(shard.name)
+            unit, turn = unit_of(shard.name), turn_of(shard.name)
             for at in places.get(unit, [last]):
+                if unit == "embedding" and at[1] > 0 and turn != _TURN["embedding.tokens"]:
+                    continue  # at the head, of a tied embedding there are the tokens alone
                 is_linear = shard.gathered and not (unit == "embedding" and at[1] == 0)
-                counts.setdefault(at, [0, 0])[is_linear] += 1
-        for at, (first, second) in counts.items():
-            found[at].append(Part(index, first, second))
-    return tuple(tuple(tuple(found[c, p]) for p in range(len(units))) for c, units in enumerate(program.units))
+                found[at].append((turn, Part(index, 1, is_linear)))
+    return tuple(tuple(tuple(_joined(found[c, p])) for p in range(len(units))) for c, units in enumerate(program.units))
+
+
+def _joined(parts: list[tuple[int, Part]]) -> Iterator[Part]:
+    """In their order, neighbours of one bucket as one."""
+    in_order = (part for _, part in sorted(parts, key=itemgetter(0)))
+    for (bucket, is_second), its in groupby(in_order, key=lambda part: (part.bucket, part.is_second)):
+        yield Part(bucket, sum(part.number for part in its), is_second)
 
 
 def _is_end(program: Program, at: tuple[int, int]) -> tuple[bool, int]:

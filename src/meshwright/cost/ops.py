@@ -104,3 +104,5 @@ class Piece:
     """What of the backward is forward run again."""
     loss_bytes: int = 0
     """The same of the loss, before the gradient of any weight comes."""
+    ending_bytes: int = 0
+    """What is there when the backward of its first norm ends it: of what was saved, that norm's input alone is left."""

@@ -7,7 +7,6 @@ the inputs of linears and the gradients of their outputs, until the second is th
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +27,7 @@ class ChunkBytes:
     working: tuple[int, ...]
     loss: int
     put_off: tuple[int, ...]
+    ending: tuple[int, ...]
     product: int
     """The largest that the second half of a split backward makes before it is added to a gradient."""
 
@@ -41,6 +41,7 @@ class ChunkBytes:
             tuple(piece.working_bytes for piece, _ in its),
             its[-1][0].loss_bytes,
             tuple(later for _, later in its),
+            tuple(piece.ending_bytes for piece, _ in its),
             max(products, default=0) if bytes_.gradient > bytes_.compute else 0,
         )
 
@@ -53,12 +54,13 @@ class ChunkBytes:
         return sum(self.put_off)
 
     def backward(self, *, split: bool) -> list[tuple[int, int]]:
-        """(activations, temporaries) of this micro-batch while backward is at each piece, in the order of the model."""
+        """(activations, temporaries) of this micro-batch while backward is at each piece, the end included."""
         out, here, later = [], self.kept, 0
-        for saved, working, put_off in zip(self.saved[::-1], self.working[::-1], self.put_off[::-1], strict=True):
-            out.append((here + later, working))
+        its = zip(self.saved[::-1], self.working[::-1], self.put_off[::-1], self.ending[::-1], strict=True)
+        for saved, working, put_off, ending in its:
+            out.append((here + later, max(working, ending + put_off * split - saved)))
             here, later = here - saved, later + put_off * split
-        return out[::-1]
+        return out
 
 
 def put_off_bytes(piece: Piece, width: int) -> int:
@@ -121,10 +123,12 @@ def gradient_buffer_bytes(program: Program, layout: Layout, schedule: Schedule, 
         return 0
     done = [0] * schedule.chunks
     for action in schedule.actions[stage]:
-        if action.kind is Kind.BACKWARD_WEIGHT:
-            deque(buffers.weights(action.chunk), maxlen=0)
+        if action.kind is Kind.FORWARD:
+            buffers.forward(action.chunk)
+        elif action.kind is Kind.BACKWARD_WEIGHT:
+            buffers.weights(action.chunk)
         elif action.kind.gives_input_gradient:
-            deque(buffers.backward(action.chunk, split=action.kind is Kind.BACKWARD_INPUT), maxlen=0)
+            buffers.backward(action.chunk, split=action.kind is Kind.BACKWARD_INPUT)
         if action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT):
             done[action.chunk] += 1
             if min(done) >= STEADY:

@@ -32,6 +32,8 @@ class Part:
     """What of the backward is forward run again."""
     working: int = 0
     """Bytes that this makes while it is used."""
+    passing: int = 0
+    """The same of its forward beyond `working`, which count where backward runs it again."""
 
 
 @dataclass(slots=True)
@@ -93,6 +95,13 @@ class Shapes:
         """A norm's input and its statistics; and its output, unless backward makes it again, for what reads it."""
         output = 0 if self.recomputes("norms") else self.residual_bytes
         return self.residual_bytes + self.t * self.statistics * self.exact + output
+
+    def norm_ending(self, gradients: int) -> int:
+        """Of the backward of the norm that ends a backward: its input and statistics, `gradients` as large as those, its own of the input
+        among them, and what RMSNorm's operators make beside (`models/norm.py`)."""
+        made = 0 if self.model.norm == "layernorm" else 3 if self.q < self.exact else 1
+        rest = self.t * (made * self.model.hidden + self.statistics) * self.exact
+        return (1 + gradients) * self.residual_bytes + rest
 
     @property
     def statistics(self) -> int:
@@ -188,20 +197,23 @@ def layer_piece(model: Model, layout: Layout, seq: int, window: int | None, moe:
     # Of a model with experts the search prices layers without them first, whose working memory must not be the larger.
     working = max(mlp.working, _last_product_working(s, 0 if model.experts else model.ffn // layout.tp))
     if s.recomputes("mlp"):
-        working, mlp = working + mlp.saved, _recomputed(mlp)
+        working, mlp = working + mlp.saved + mlp.passing, _recomputed(mlp)
     forward = (s.norm, *attention.forward, s.residual, s.norm, *mlp.forward, s.residual)
     norm_again = (s.norm,) if s.recomputes("norms") else ()
     mlp_norm_again = norm_again * _readers(s, model.experts if moe else None)
     backward = (*mlp.backward, *mlp_norm_again, s.norm_backward, *attention.backward, *norm_again, s.norm_backward)
     mlp_norm_saved = s.residual_bytes if norm_again and s.recomputes("mlp") else s.norm_saved
     saved = s.norm_saved + attention.saved + mlp_norm_saved + mlp.saved
+    # Of the residual, of the norm's output, of its input; the first of them, if not gathered, is that of attention's last product too,
+    # and counted where that is put off.
+    ending = s.norm_ending(3 if layout.sp else 2)
     if layout.recompute == "full":
         again = _up_to_last_saved(forward)
-        return Piece("layer", forward, (*again, *backward), s.residual_bytes, saved + working, recomputed=again)
+        working += saved + mlp.passing
+        return Piece("layer", forward, (*again, *backward), s.residual_bytes, working, again, ending_bytes=ending)
     working += s.residual_bytes if norm_again else 0
-    return Piece(
-        "layer", forward, backward, saved, working, (*attention.recomputed, *mlp.recomputed, *mlp_norm_again, *norm_again)
-    )
+    recomputed = (*attention.recomputed, *mlp.recomputed, *mlp_norm_again, *norm_again)
+    return Piece("layer", forward, backward, saved, working, recomputed, ending_bytes=ending)
 
 
 def _readers(s: Shapes, experts: Experts | None) -> int:
@@ -215,7 +227,7 @@ def _readers(s: Shapes, experts: Experts | None) -> int:
 def _last_product_working(s: Shapes, width: int) -> int:
     """Of the backward of the layer's last product, the first of its backward: the gathered gradient, dx, and the weight's gradient
     before it is added in the dtype that it is kept in."""
-    whole = s.T * s.model.hidden * s.q if s.layout.sp and not s.layout.async_tp else 0
+    whole = s.T * s.model.hidden * s.q if s.layout.sp else 0
     return whole + s.T * width * s.q + s.product_bytes(s.model.hidden, width)
 
 
@@ -312,8 +324,9 @@ def _core_saved(s: Shapes, kv_heads: int, head_dim: int, value_dim: int, window:
         own += s.heads * value_dim * s.T * s.q + (copies * pair if layout.cp_ring > 1 else 0)
     if layout.cp_ring == 1 and ((window is not None and window < s.seq) or model.sinks):
         own += s.seq * (s.seq + model.sinks) * s.q
-        own += model.sinks * SINK_DIMS * (s.heads + kv_heads) * s.T * s.q
-        keys = kv_heads * kv_copies(kv_heads, layout.cp_ulysses) // layout.cp_ulysses * layout.micro_batch
+        sent = kv_heads * kv_copies(kv_heads, layout.cp_ulysses)
+        own += model.sinks * SINK_DIMS * (s.heads + sent) * s.T * s.q
+        keys = sent // layout.cp_ulysses * layout.micro_batch
         own += model.sinks * keys * (head_dim + SINK_DIMS + value_dim) * s.q
     return inputs, own + s.T * s.heads * 4
 
@@ -388,6 +401,7 @@ def experts(s: Shapes, experts: Experts) -> Part:
         parts.saved + outputs.saved + shared.saved,
         (*shared.recomputed, *parts.recomputed),
         max(shared.working, parts.working),
+        parts.passing,
     )
 
 
@@ -432,8 +446,10 @@ def routed(s: Shapes, experts: Experts) -> Part:
     )  # fmt: skip
     biased = (len(parts) + 1) * rows * 8 if experts.bias else 0  # the expert of each row, for each product
     saved = hidden.saved + 2 * rows * D * s.q + biased + _routing_saved(s, experts)
-    exact = 2 * rows * D * s.exact if s.q < s.exact else 0  # outputs, while they are weighed
-    return Part(forward, backward, saved, hidden.recomputed, max(hidden.working, exact))
+    # Outputs, while they are weighed: as they are, and added up over the ranks that share an expert.
+    exact = (rows + rows // layout.etp) * D * s.exact if s.q < s.exact else 0
+    arrived = 2 * rows * D * s.q if ranks > 1 else 0  # rows that came, on either way, until the forward is over
+    return Part(forward, backward, saved, hidden.recomputed, max(hidden.working, exact, s.product_bytes(D, ffn)), arrived)
 
 
 def _routing_saved(s: Shapes, experts: Experts) -> int:
@@ -489,7 +505,7 @@ def head_piece(model: Model, layout: Layout, seq: int, tp_rank: int) -> Piece:
     # as narrow as the logits. That is left when the softmax is gone, and the head makes dx beside it, of tokens that it gathers again.
     passes = logits * (2 * exact if layout.tp == 1 else exact + (s.q if s.q < exact else 0))
     working = max(0, logits * (s.q - exact) + s.columns_working(model.hidden) + s.product_bytes(vocab, model.hidden))
-    return Piece("head", forward, backward, saved, working, loss_bytes=passes)
+    return Piece("head", forward, backward, saved, working, loss_bytes=passes, ending_bytes=s.norm_ending(2))
 
 
 def _up_to_last_saved(forward: tuple[Op, ...]) -> tuple[Op, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from itertools import pairwise
 
 from meshwright.cost.offload import keeps_parameters_away
@@ -28,16 +27,22 @@ def unit_buffer_bytes(program: Program, layout: Layout) -> int:
     return WIDTH[layout.precision] * sum(numel * count for numel, count in most.items())
 
 
-def unit_elements(program: Program, layout: Layout) -> Callable[[str, str | None], Counter[int]]:
-    """How many buffers of each number of elements are in use while the parameters of one unit are there and those of the unit before it
-    are on their way, if any; the embedding's are not needed in backward."""
-    kept, ahead = _parts(program, layout)
+class UnitElements:
+    """How many buffers of each number of elements are in use for the parameters of one unit and of that which comes next, if any."""
 
-    def in_use(here: str, coming: str | None) -> Counter[int]:
-        on_their_way = ahead.get(coming, ()) if coming and coming != "embedding" else ()
-        return Counter([*kept.get(here, ()), *ahead.get(here, ()), *on_their_way])
+    def __init__(self, program: Program, layout: Layout):
+        self._kept, self._ahead = _parts(program, layout)
 
-    return in_use
+    def forward(self, here: str, coming: str | None) -> Counter[int]:
+        return Counter(
+            [*self._kept.get(here, ()), *self._ahead.get(here, ()), *(self._ahead.get(coming, ()) if coming else ())]
+        )
+
+    def backward(self, here: str, place: int, coming: str | None) -> Counter[int]:
+        """`place`: of the unit in its chunk. The embedding, which is first, needs no parameters in backward."""
+        if here == "embedding" and place == 0:
+            return Counter()
+        return self.forward(here, coming if coming != "embedding" else None)
 
 
 def _parts(program: Program, layout: Layout) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
