@@ -8,7 +8,7 @@ import pytest
 
 import memory_ranks
 from memory import DENSE, GROUPS, LAYER_NORM, SPARSE, WORKLOAD, measure
-from meshwright.cost.memory import stage_memory
+from meshwright.cost.memory import in_flight_bytes
 from meshwright.cost.program import Place, rank_program
 from meshwright.schedule.orders import layout_schedule
 from meshwright.spec.layout import Layout
@@ -35,9 +35,10 @@ def counted(model: Model, layout: Layout) -> list[memory_ranks.Held]:
 
 
 def activations(model: Model, layout: Layout) -> int:
+    """After forwards, as they are counted."""
     program = rank_program(model, layout, WORKLOAD, Place())
     schedule = layout_schedule(layout, micro_batches(layout, WORKLOAD))
-    return stage_memory(program, layout, schedule, 0, overhead=0).categories["activations"]
+    return in_flight_bytes(program.chunks, schedule, 0, layout)
 
 
 @pytest.mark.parametrize(
