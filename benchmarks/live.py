@@ -15,12 +15,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memory import DENSE, LAYER_NORM, SPARSE, WORKLOAD
 from memory_ranks import batches, train_step
 from meshwright.models.init import initial_value
-from meshwright.parallel import pipeline
+from meshwright.parallel import collectives, pipeline
 from meshwright.parallel.apply import apply
 from meshwright.parallel.mesh import build_mesh
 from meshwright.parallel.ranks import RankPool
@@ -96,9 +97,15 @@ class LiveBytes(TorchDispatchMode):
         self.now -= nbytes
 
 
+def _reduce_scatter(out: Tensor, tensor: Tensor, *, group: Any, async_op: bool) -> Any:
+    return collectives._native_reduce_scatter(out, tensor, group=group, async_op=async_op)
+
+
 def peak(model: Model, workload: Workload, layout: Layout) -> int:
-    """Of this rank. gloo says that a send is through only when it is asked to wait: each is, when its stage next communicates."""
+    """Of this rank. gloo says that a send is through only when it is asked to wait: each is, when its stage next communicates. What the
+    engine makes a reduce-scatter of on gloo, an all-to-all and a sum, needs room for the pieces, which others do not: here it is gloo's."""
     pipeline.MOST_LEAVING = 0
+    collectives._reduce_scatter = _reduce_scatter
     mesh = build_mesh(layout, model, torch.device("cpu"))
     with LiveBytes() as live:
         engine = apply(
