@@ -16,8 +16,6 @@ has hardware of its own. It shows whether what can be hidden is, not what a netw
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +38,8 @@ from meshwright.spec.model import Experts, Model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.shards import Shard
 from meshwright.spec.workload import Workload
-from peers import WARM_UP, Side, assert_close, environment, timed
+from pairs import Paired, Times, interleaved, print_environment, slowest, write
+from peers import Side, assert_close, environment
 
 RANKS, SEQ, MICRO_BATCHES = 4, 128, 8
 LAYOUT = "dp2 pp2x2:dualpipe-v {} mb1 fp32"
@@ -62,41 +61,23 @@ MODEL = Model(
 
 
 @dataclass
-class Result:
-    """Step times in seconds, of the slowest rank; entry i of both was measured side by side. `delay`: seconds."""
+class Result(Paired):
+    """`delay`: seconds."""
 
     mode: str
     delay: float
-    times: list[float]
-    plain: list[float]
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.times) / statistics.median(self.plain)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """Of the ratios of the pairs."""
-        low, _, high = statistics.quantiles([a / b for a, b in zip(self.times, self.plain, strict=True)], n=4)
-        return low, high
 
 
 # --- on each rank -----------------------------------------------------------------------------------------------------
 
 
-def measure(mode: str, delay: float, repetitions: int) -> tuple[list[float], list[float]]:
+def measure(mode: str, delay: float, repetitions: int) -> Times:
     """This rank's step times of `mode` and of plain ep. Raises AssertionError unless both compute the same."""
     torch.set_num_threads(1)
     sides = [side(each) for each in (mode, PLAIN)]
     check_same_work(*sides)
-    times: list[list[float]] = [[], []]
     with delayed(delay):
-        for i in range(-WARM_UP, repetitions):
-            for which in (0, 1) if i % 2 == 0 else (1, 0):
-                seconds = timed(sides[which].step)
-                if i >= 0:
-                    times[which].append(seconds)
-    return times[0], times[1]
+        return interleaved(*(one.step for one in sides), repetitions)
 
 
 def side(mode: str) -> Side:
@@ -148,8 +129,7 @@ def delayed(seconds: float) -> Iterator[None]:
 
 def run_case(pool: RankPool, mode: str, delay: float, repetitions: int) -> Result:
     ranks = pool.run(measure, RANKS, mode, delay, repetitions, timeout=3600.0)
-    mine, plain = ([max(times) for times in zip(*side, strict=True)] for side in zip(*ranks, strict=True))
-    return Result(mode, delay, mine, plain)
+    return Result(mode, delay, **slowest(ranks))
 
 
 def show(results: list[Result], about: dict[str, str | int]) -> None:
@@ -157,14 +137,11 @@ def show(results: list[Result], about: dict[str, str | int]) -> None:
     for heading in ("case", "delay ms", "ms", "plain ep2 ms", "ratio of medians", "middle half of pairs"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for result in results:
-        low, high = result.quartiles
-        milliseconds = [f"{statistics.median(times) * 1e3:.0f}" for times in (result.times, result.plain)]
         name = ASYNC if result.mode == ASYNC else f"{PLAIN}, plain again"
-        spread = f"{low:.3f} to {high:.3f}"
-        table.add_row(name, f"{result.delay * 1e3:g}", *milliseconds, f"{result.ratio:.3f}", spread)
+        table.add_row(name, f"{result.delay * 1e3:g}", *result.milliseconds, f"{result.ratio:.3f}", result.spread)
     console = Console(width=120)
     console.print(table)
-    console.print("; ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    print_environment(console, about)
 
 
 def main(arguments: list[str]) -> None:
@@ -189,10 +166,7 @@ def main(arguments: list[str]) -> None:
         pool.close()
     show(results, about)
     if options.json:
-        rows = [asdict(result) | {"ratio": result.ratio, "quartiles": result.quartiles} for result in results]
-        options.json.write_text(
-            json.dumps({"environment": about, "model": asdict(MODEL), "seq": SEQ, "results": rows}, indent=1) + "\n"
-        )
+        write(options.json, about, results, model=asdict(MODEL), seq=SEQ)
 
 
 if __name__ == "__main__":

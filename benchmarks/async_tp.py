@@ -11,8 +11,6 @@ milliseconds. `plain again` puts two engines of `:sp` side by side in the same w
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,43 +20,24 @@ from rich.console import Console
 from rich.table import Table
 
 from meshwright.parallel.ranks import RankPool
-from peers import MODEL, SEQ, WARM_UP, Batch, Case, Side, assert_close, environment, local_batch, ours, timed
+from pairs import Paired, Times, interleaved, print_environment, slowest, write
+from peers import MODEL, SEQ, Batch, Case, Side, assert_close, environment, local_batch, ours
 
 
 @dataclass
-class Result:
-    """Step times in seconds, of the slowest rank; entry i of both was measured side by side."""
-
+class Result(Paired):
     tp: int
     mode: str
-    times: list[float]
-    plain: list[float]
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.times) / statistics.median(self.plain)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """Of the ratios of the pairs."""
-        low, _, high = statistics.quantiles([a / b for a, b in zip(self.times, self.plain, strict=True)], n=4)
-        return low, high
 
 
-def measure(tp: int, mode: str, repetitions: int) -> tuple[list[float], list[float]]:
+def measure(tp: int, mode: str, repetitions: int) -> Times:
     """This rank's step times of `mode` and of plain `sp`. Raises AssertionError unless both compute the same."""
     torch.set_num_threads(1)
     cases = [Case(each, f"tp{tp}:{each} mb1 fp32", 1, "", 1.0) for each in (mode, "sp")]
     batch: Batch = local_batch(cases[0])
     sides = [ours(case, batch)[0] for case in cases]
     check_same_work(*sides)
-    times: list[list[float]] = [[], []]
-    for i in range(-WARM_UP, repetitions):
-        for which in (0, 1) if i % 2 == 0 else (1, 0):
-            seconds = timed(sides[which].step)
-            if i >= 0:
-                times[which].append(seconds)
-    return times[0], times[1]
+    return interleaved(*(one.step for one in sides), repetitions)
 
 
 def check_same_work(mine: Side, plain: Side) -> None:
@@ -70,8 +49,7 @@ def check_same_work(mine: Side, plain: Side) -> None:
 
 def run_case(pool: RankPool, tp: int, mode: str, repetitions: int) -> Result:
     ranks = pool.run(measure, tp, tp, mode, repetitions, timeout=3600.0)
-    mine, plain = ([max(times) for times in zip(*side, strict=True)] for side in zip(*ranks, strict=True))
-    return Result(tp, mode, mine, plain)
+    return Result(tp, mode, **slowest(ranks))
 
 
 def show(results: list[Result], about: dict[str, str | int]) -> None:
@@ -79,13 +57,11 @@ def show(results: list[Result], about: dict[str, str | int]) -> None:
     for heading in ("case", "ms", "plain sp ms", "ratio of medians", "middle half of pairs"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for result in results:
-        low, high = result.quartiles
-        milliseconds = [f"{statistics.median(times) * 1e3:.0f}" for times in (result.times, result.plain)]
         name = f"tp{result.tp}:async" if result.mode == "async" else f"tp{result.tp}:sp, plain again"
-        table.add_row(name, *milliseconds, f"{result.ratio:.3f}", f"{low:.3f} to {high:.3f}")
+        table.add_row(name, *result.milliseconds, f"{result.ratio:.3f}", result.spread)
     console = Console(width=120)
     console.print(table)
-    console.print("; ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    print_environment(console, about)
 
 
 def main(arguments: list[str]) -> None:
@@ -107,10 +83,7 @@ def main(arguments: list[str]) -> None:
         pool.close()
     show(results, about)
     if options.json:
-        rows = [asdict(result) | {"ratio": result.ratio, "quartiles": result.quartiles} for result in results]
-        options.json.write_text(
-            json.dumps({"environment": about, "model": asdict(MODEL), "seq": SEQ, "results": rows}, indent=1) + "\n"
-        )
+        write(options.json, about, results, model=asdict(MODEL), seq=SEQ)
 
 
 if __name__ == "__main__":

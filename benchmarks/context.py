@@ -14,10 +14,7 @@ milliseconds. Ulysses ranks hold other tokens than ring ranks, so for them the o
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +36,8 @@ from meshwright.spec.context import context_slices, sequence_unit
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
-from peers import WARM_UP, assert_close, environment
+from pairs import Paired, Times, interleaved, print_environment, slowest, write
+from peers import assert_close, environment
 
 RANKS = 4
 LAYOUTS = ("cp4:ring fp32", "cp4:ulysses fp32", "cp4:ring2xulysses2 fp32")
@@ -70,23 +68,9 @@ class Side:
 
 
 @dataclass
-class Result:
-    """Step times in seconds, of the slowest rank; entry i of both was measured side by side."""
-
+class Result(Paired):
     layout: str
     seq: int
-    ours: list[float]
-    all_gather: list[float]
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.ours) / statistics.median(self.all_gather)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """Of the ratios of the pairs."""
-        low, _, high = statistics.quantiles([a / b for a, b in zip(self.ours, self.all_gather, strict=True)], n=4)
-        return low, high
 
 
 # --- the two sides ----------------------------------------------------------------------------------------------------
@@ -149,19 +133,13 @@ def side(layout: Layout, seq: int, attend: Attend) -> Side:
 # --- on each rank -----------------------------------------------------------------------------------------------------
 
 
-def measure(layout: str, seq: int, repetitions: int) -> tuple[list[float], list[float]]:
+def measure(layout: str, seq: int, repetitions: int) -> Times:
     """This rank's step times of both sides. Raises AssertionError unless both compute the same."""
     torch.set_num_threads(1)
     sides = (ours(parse_layout(layout), seq), all_gather_peer(seq))
     for what, mine, theirs in zip(("y", "dq", "dk", "dv"), *(in_order(each, seq) for each in sides), strict=True):
         assert_close(what, mine, theirs)
-    times: list[list[float]] = [[], []]
-    for i in range(-WARM_UP, repetitions):
-        for which in (0, 1) if i % 2 == 0 else (1, 0):
-            seconds = timed(sides[which].step)
-            if i >= 0:
-                times[which].append(seconds)
-    return times[0], times[1]
+    return interleaved(*(one.step for one in sides), repetitions)
 
 
 def in_order(one: Side, seq: int) -> list[Tensor]:
@@ -176,20 +154,12 @@ def in_order(one: Side, seq: int) -> list[Tensor]:
     return out
 
 
-def timed(step: Callable[[], object]) -> float:
-    dist.barrier()
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
 def run_case(pool: RankPool, layout: str, seq: int, repetitions: int) -> Result:
     ranks = pool.run(measure, RANKS, layout, seq, repetitions, timeout=3600.0)
-    mine, theirs = ([max(times) for times in zip(*each, strict=True)] for each in zip(*ranks, strict=True))
-    return Result(layout, seq, mine, theirs)
+    return Result(layout, seq, **slowest(ranks))
 
 
 def show(results: list[Result], about: dict[str, str | int]) -> None:
@@ -197,15 +167,13 @@ def show(results: list[Result], about: dict[str, str | int]) -> None:
     for heading in ("layout", "ours ms", "all-gather ms", "ratio of medians", "middle half of pairs"):
         table.add_column(heading, justify="left" if heading == "layout" else "right")
     for result in results:
-        low, high = result.quartiles
-        milliseconds = [f"{statistics.median(times) * 1e3:.0f}" for times in (result.ours, result.all_gather)]
-        table.add_row(result.layout, *milliseconds, f"{result.ratio:.3f}", f"{low:.3f} to {high:.3f}")
+        table.add_row(result.layout, *result.milliseconds, f"{result.ratio:.3f}", result.spread)
     console = Console(width=120)
     console.print(table)
     console.print(
         f"{MODEL.heads} heads, {MODEL.kv_heads} key-value heads of {MODEL.head_dim} dims; a step is forward and backward"
     )
-    console.print("; ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    print_environment(console, about)
 
 
 def main(arguments: list[str]) -> None:
@@ -226,10 +194,7 @@ def main(arguments: list[str]) -> None:
         pool.close()
     show(results, about)
     if options.json:
-        rows = [asdict(result) | {"ratio": result.ratio, "quartiles": result.quartiles} for result in results]
-        options.json.write_text(
-            json.dumps({"environment": about, "model": asdict(MODEL), "results": rows}, indent=1) + "\n"
-        )
+        write(options.json, about, results, model=asdict(MODEL))
 
 
 if __name__ == "__main__":

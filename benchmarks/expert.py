@@ -12,10 +12,7 @@ and an even router the ratio would be 0.5. Before anything is timed, outputs and
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +31,8 @@ from meshwright.parallel.ledger import Ledger
 from meshwright.parallel.linear import WeightGradients
 from meshwright.parallel.ranks import RankPool
 from meshwright.spec.model import Experts, Model
-from peers import RANKS, WARM_UP, assert_close, environment
+from pairs import Paired, Times, interleaved, print_environment, slowest, write
+from peers import RANKS, assert_close, environment
 
 NO_TP = Group("tp", (0,), 0, None, Ledger())
 TARGET = 0.65
@@ -65,28 +63,14 @@ class Side:
 
 
 @dataclass
-class Result:
-    """Step times in seconds, of the slower rank; entry i of both was measured side by side."""
-
+class Result(Paired):
     tokens: int
-    ours: list[float]
-    one_process: list[float]
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.ours) / statistics.median(self.one_process)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """Of the ratios of the pairs."""
-        low, _, high = statistics.quantiles([a / b for a, b in zip(self.ours, self.one_process, strict=True)], n=4)
-        return low, high
 
 
 # --- on each rank -----------------------------------------------------------------------------------------------------
 
 
-def measure(tokens: int, repetitions: int) -> tuple[list[float], list[float]]:
+def measure(tokens: int, repetitions: int) -> Times:
     """This rank's step times of both sides. Raises AssertionError unless both compute the same."""
     torch.set_num_threads(1)
     rank = dist.get_rank()
@@ -94,14 +78,7 @@ def measure(tokens: int, repetitions: int) -> tuple[list[float], list[float]]:
     alone = Group("ep", (rank,), 0, None, Ledger())
     mine, all_of_them = side(sharded(ep), tokens, ep), side(sharded(alone), tokens, alone)
     check_same_work(mine, all_of_them, ep)
-    sides = (mine, all_of_them)
-    times: list[list[float]] = [[], []]
-    for i in range(-WARM_UP, repetitions):
-        for which in (0, 1) if i % 2 == 0 else (1, 0):
-            seconds = timed(sides[which].step)
-            if i >= 0:
-                times[which].append(seconds)
-    return times[0], times[1]
+    return interleaved(mine.step, all_of_them.step, repetitions)
 
 
 def sharded(ep: Group) -> MoE:
@@ -160,13 +137,6 @@ def check_same_work(mine: Side, whole: Side, ep: Group) -> None:
         assert_close(f"the gradient of {name}", gradient, reference)
 
 
-def timed(step: Callable[[], Tensor]) -> float:
-    dist.barrier()
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -176,26 +146,24 @@ def run(tokens: int, repetitions: int) -> Result:
         ranks = pool.run(measure, RANKS, tokens, repetitions, timeout=3600.0)
     finally:
         pool.close()
-    ours, one_process = ([max(times) for times in zip(*side, strict=True)] for side in zip(*ranks, strict=True))
-    return Result(tokens, ours, one_process)
+    return Result(tokens, **slowest(ranks))
 
 
 def show(result: Result, about: dict[str, str | int]) -> None:
-    experts, (low, high) = MODEL.experts, result.quartiles
+    experts = MODEL.experts
     assert experts is not None
     table = Table(title=f"Step time of a MoE layer, {result.tokens:,} tokens in total, fp32")
     for heading in ("case", "ours ms", "one process ms", "ratio of medians", "middle half of pairs", "at most"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     colour = "green" if result.ratio <= TARGET else "red"
-    milliseconds = [f"{statistics.median(times) * 1e3:.0f}" for times in (result.ours, result.one_process)]
-    table.add_row("ep2", *milliseconds, f"[{colour}]{result.ratio:.3f}[/]", f"{low:.3f} to {high:.3f}", f"{TARGET:.2f}")
+    table.add_row("ep2", *result.milliseconds, f"[{colour}]{result.ratio:.3f}[/]", result.spread, f"{TARGET:.2f}")
     console = Console(width=120)
     console.print(table)
     console.print(
         f"hidden {MODEL.hidden}, {experts.count} experts of width {experts.ffn}, {experts.top_k} a token; "
         "a step is forward and backward"
     )
-    console.print("; ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    print_environment(console, about)
 
 
 def main(arguments: list[str]) -> None:
@@ -212,10 +180,7 @@ def main(arguments: list[str]) -> None:
     result = run(options.tokens, options.repetitions)
     show(result, about)
     if options.json:
-        row = asdict(result) | {"ratio": result.ratio, "quartiles": result.quartiles}
-        options.json.write_text(
-            json.dumps({"environment": about, "model": asdict(MODEL), "results": [row]}, indent=1) + "\n"
-        )
+        write(options.json, about, [result], model=asdict(MODEL))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,9 @@ The other side is set up as its own documentation does, and where there was a ch
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,9 +56,9 @@ from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.shards import Shard as ModelShard
 from meshwright.spec.workload import Workload
+from pairs import Paired, Times, interleaved, print_environment, slowest, write
 
 RANKS = 2
-WARM_UP = 2
 TOLERANCE = 1e-4
 """Relative distance of losses and of each parameter's gradient; both sides sum in fp32, in different orders."""
 SEQ = 1024
@@ -129,22 +126,8 @@ class Side:
 
 
 @dataclass
-class Result:
-    """Step times in seconds, of the slower rank; entry i of both was measured side by side."""
-
+class Result(Paired):
     case: Case
-    ours: list[float]
-    theirs: list[float]
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.ours) / statistics.median(self.theirs)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """Of the ratios of the pairs."""
-        low, _, high = statistics.quantiles([a / b for a, b in zip(self.ours, self.theirs, strict=True)], n=4)
-        return low, high
 
 
 # --- the two sides ----------------------------------------------------------------------------------------------------
@@ -298,19 +281,13 @@ def whole(tensor: Tensor) -> Tensor:
 # --- on each rank -----------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, repetitions: int) -> tuple[list[float], list[float]]:
+def measure(case: Case, repetitions: int) -> Times:
     """This rank's step times of both sides. Raises AssertionError unless both compute the same."""
     torch.set_num_threads(1)
     batch = local_batch(case)
     (mine, engine), theirs = ours(case, batch), PEERS[case.peer](case, batch)
     check_same_work(mine, theirs, engine)
-    times: dict[int, list[float]] = {id(mine): [], id(theirs): []}
-    for i in range(-WARM_UP, repetitions):
-        for side in (mine, theirs) if i % 2 == 0 else (theirs, mine):
-            seconds = timed(side.step)
-            if i >= 0:
-                times[id(side)].append(seconds)
-    return times[id(mine)], times[id(theirs)]
+    return interleaved(mine.step, theirs.step, repetitions)
 
 
 def local_batch(case: Case) -> Batch:
@@ -339,20 +316,12 @@ def assert_close(what: str, got: Tensor, expected: Tensor) -> None:
         )
 
 
-def timed(step: Callable[[], Tensor]) -> float:
-    dist.barrier()
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
 def run_case(pool: RankPool, case: Case, repetitions: int) -> Result:
     ranks = pool.run(measure, RANKS, case, repetitions, timeout=3600.0)
-    ours_s, theirs_s = ([max(times) for times in zip(*side, strict=True)] for side in zip(*ranks, strict=True))
-    return Result(case, ours_s, theirs_s)
+    return Result(case, **slowest(ranks))
 
 
 def environment() -> dict[str, str | int]:
@@ -380,25 +349,17 @@ def show(results: list[Result], about: dict[str, str | int]) -> None:
     for heading in ("case", "against", "ours ms", "theirs ms", "ratio of medians", "middle half of pairs", "at most"):
         table.add_column(heading, justify="left" if heading in ("case", "against") else "right")
     for result in results:
-        case, (low, high) = result.case, result.quartiles
+        case = result.case
         colour = "green" if result.ratio <= case.target else "red"
-        milliseconds = [f"{statistics.median(times) * 1e3:.0f}" for times in (result.ours, result.theirs)]
-        ratio, spread = f"[{colour}]{result.ratio:.3f}[/]", f"{low:.3f} to {high:.3f}"
-        table.add_row(case.name, case.peer, *milliseconds, ratio, spread, f"{case.target:.2f}")
+        ratio = f"[{colour}]{result.ratio:.3f}[/]"
+        table.add_row(case.name, case.peer, *result.milliseconds, ratio, result.spread, f"{case.target:.2f}")
     console = Console(width=120)
     console.print(table)
     console.print(
         f"{MODEL.layers} layers, hidden {MODEL.hidden}, {MODEL.heads} heads, {MODEL.kv_heads} key-value heads, "
         f"ffn {MODEL.ffn}, vocabulary {MODEL.vocab}; a step is forward, backward and gradient reduction"
     )
-    console.print("; ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
-
-
-def write(path: Path, results: list[Result], about: dict[str, str | int]) -> None:
-    rows = [asdict(result) | {"ratio": result.ratio, "quartiles": result.quartiles} for result in results]
-    path.write_text(
-        json.dumps({"environment": about, "model": asdict(MODEL), "seq": SEQ, "results": rows}, indent=1) + "\n"
-    )
+    print_environment(console, about)
 
 
 def main(arguments: list[str]) -> None:
@@ -420,7 +381,7 @@ def main(arguments: list[str]) -> None:
         pool.close()
     show(results, about)
     if options.json:
-        write(options.json, results, about)
+        write(options.json, about, results, model=asdict(MODEL), seq=SEQ)
 
 
 if __name__ == "__main__":

@@ -100,11 +100,6 @@ def _data_bytes(model: Model, layout: Layout, workload: Workload) -> int:
     return ids + 2 * workload.seq * turned * StateBytes.of(layout).compute
 
 
-def stage_pieces(model: Model, layout: Layout, seq: int, place: Place) -> Pieces:
-    """The pieces of all chunks of a stage."""
-    return tuple(piece for chunk in chunk_pieces(model, layout, seq, place) for piece in chunk)
-
-
 def chunk_pieces(model: Model, layout: Layout, seq: int, place: Place) -> tuple[Pieces, ...]:
     """The pieces of each chunk of a stage."""
     local = _local(layout)
