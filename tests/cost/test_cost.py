@@ -16,7 +16,7 @@ from meshwright.cost.collectives import WIRE_FACTOR, CollectiveTimes
 from meshwright.cost.estimate import Estimator, estimate
 from meshwright.cost.flops import model_flops_per_token
 from meshwright.cost.kernels import Kernels, interpolate
-from meshwright.cost.memory import away_bytes, stage_memory, state_bytes
+from meshwright.cost.memory import away_bytes, stage_memories, state_bytes
 from meshwright.cost.offload import OffloadCost
 from meshwright.cost.ops import Attention, Collective, Gemm, Op, Piece, Under
 from meshwright.cost.peak import ChunkBytes, gradient_buffer_bytes
@@ -282,7 +282,7 @@ def test_state_bytes_of_one_rank(precision: str, state: tuple[int, int, int]) ->
 def test_zero_1_cuts_the_optimizer_state_by_dp_and_nothing_else(dp: int) -> None:
     plain, cut = parse_layout(f"dp{dp} tp2 pp2 mb1"), parse_layout(f"dp{dp}:zero1 tp2 pp2 mb1")
     whole, part = (
-        stage_memory(rank_program(SMALL, x, WORK, Place(1)), x, layout_schedule(x, 2), 1, 0).categories
+        next(stage_memories(rank_program(SMALL, x, WORK, Place(1)), x, layout_schedule(x, 2), [1], 0)).categories
         for x in (plain, cut)
     )
     assert part["optimizer"] == pytest.approx(whole["optimizer"] / dp, rel=0.02)
@@ -374,7 +374,7 @@ def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
         layout = parse_layout(text)
         for stage, flying in enumerate(flights):
             program = rank_program(SMALL, layout, WORK, Place(stage))
-            held = stage_memory(program, layout, layout_schedule(layout, 16), stage, overhead=7)
+            (held,) = stage_memories(program, layout, layout_schedule(layout, 16), [stage], overhead=7)
             assert held.categories["activations"] == flying * sum(
                 piece.saved_bytes * repeat for piece, repeat in program.pieces
             )

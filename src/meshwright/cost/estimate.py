@@ -9,10 +9,10 @@ from meshwright.cost.adapt import as_practised, with_buckets_of, with_gradients_
 from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.durations import Durations, PieceTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
-from meshwright.cost.memory import StageMemory, beside_bytes, in_flight_bytes, passing_bytes, stage_memory, state_bytes
+from meshwright.cost.memory import StageMemory, beside_bytes, in_flight_bytes, passing_bytes, stage_memories, state_bytes
 from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
 from meshwright.cost.ops import Collective, Piece, Under
-from meshwright.cost.peak import fullest
+from meshwright.cost.peak import Fullest
 from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.program import Pieces, Place, Program, boundary, chunk_pieces, rank_program
 from meshwright.cost.result import CollectiveCost, Estimate, Price
@@ -64,6 +64,9 @@ class _State:
     """Whose chunks are of one micro-batch and recompute."""
 
 
+_Programs = dict[tuple[int, ...], Program]
+"""Of groups of stages, in the order of their first."""
+
 _STATE_FIELDS = tuple(f.name for f in fields(Layout) if f.name != "micro_batch" and not f.name.startswith("recompute"))
 
 
@@ -95,33 +98,35 @@ class Estimator:
         self.check(layout)
         m = micro_batches(layout, self.workload)
         schedule = brief_order(layout, m)
-        kinds = [(members[0], len(members)) for members in alike_stages(self.model, layout)]
-        programs = self.programs(layout)
-        memory = tuple(stage_memory(p, layout, schedule, stage, self.overhead) for stage, p in enumerate(programs))
+        stages = self._programs(layout)
+        memory = (one for at, p in stages.items() for one in stage_memories(p, layout, schedule, at, self.overhead))
         send = self.send_seconds(layout)
-        alone = [self._passing(self.durations(p.pieces, layout, shared=False), self._passes(p, layout)) for p in programs]
-        floor = self._shared_floor(layout, [(programs[stage].pieces, count) for stage, count in kinds])
-        timeline = play_layout(layout, m, [self._chunk_seconds(p, layout) for p in programs], send)
-        end = max(self._step_end(p, layout, d) for p, d in zip(programs, alone, strict=True))
+        alone = [
+            self._passing(self.durations(p.pieces, layout, shared=False), self._passes(p, layout)) for p in stages.values()
+        ]
+        seconds = {stage: each for at, p in stages.items() for each in [self._chunk_seconds(p, layout)] for stage in at}
+        timeline = play_layout(layout, m, [seconds[stage] for stage in range(layout.pp)], send)
+        end = max(self._step_end(p, layout, d) for p, d in zip(stages.values(), alone, strict=True))
         # On the timeline no send waits for another, but a stage has one link, which they all share.
-        sending = max(len(p.boundary) for p in programs) * m * send
-        step = max(timeline.end, floor, sending) + end
+        sending = max(len(p.boundary) for p in stages.values()) * m * send
+        step = max(timeline.end, self._shared_floor(layout, stages), sending) + end
         # Between fill and drain a send runs beside computation; filling and draining wait for one hop a stage each.
-        costs = self._collective_costs(
-            programs, layout, alone, [timeline.hidden(stage) for stage in range(layout.pp)], 2 * (layout.pp - 1) * send
-        )
+        under_pairs = [timeline.hidden(at[0]) for at in stages]
+        costs = self._collective_costs(stages, layout, alone, under_pairs, 2 * (layout.pp - 1) * send)
         compute = max(d.compute for d in alone) * m
         kernels = self.kernels(layout, shared=True)
-        optimizer = max(kernels.elementwise(p.optimizer) for p in programs)
-        work, offload = {"compute": compute, "optimizer": optimizer}, self._offload_cost(programs, layout)
+        optimizer = max(kernels.elementwise(p.optimizer) for p in stages.values())
+        work, offload = {"compute": compute, "optimizer": optimizer}, self._offload_cost(stages, layout)
         if offload is not None:
             work["offload exposed"] = offload.exposed_s
-        recomputed = self._recomputed_share(programs, layout)
-        return self._result(layout, step, timeline, memory, costs, work, offload, recomputed)
+        recomputed, ordered = self._recomputed_share(stages, layout), sorted(memory, key=lambda one: one.stage)
+        return self._result(layout, step, timeline, tuple(ordered), costs, work, offload, recomputed)
 
-    def _recomputed_share(self, programs: Sequence[Program], layout: Layout) -> float:
+    def _recomputed_share(self, stages: _Programs, layout: Layout) -> float:
         """FLOPs that all ranks run again, over those that the model needs."""
-        each = sum(recomputed_flops(piece.recomputed) * repeat for p in programs for piece, repeat in p.pieces)
+        each = sum(
+            recomputed_flops(piece.recomputed) * repeat * len(at) for at, p in stages.items() for piece, repeat in p.pieces
+        )
         passes = micro_batches(layout, self.workload) * layout.world // layout.pp
         return each * passes / (self.workload.tokens * self.flops)
 
@@ -139,9 +144,9 @@ class Estimator:
             ]
             whole = self._passing(self.durations(pieces, layout, shared=False), state.passes)
             end = max(end, self._exposed_reduction(state.reductions, whole) + state.rest)
+            most = max(most, len(boundary(self.model, layout, self.workload.seq, members[0])))
             for stage in members:
                 seconds[stage] = [self._in_schedule(d, layout) for d in each]
-                most = max(most, len(boundary(self.model, layout, self.workload.seq, stage)))
             if self.cluster.node.compute_slots is not None:
                 busy = self.durations(pieces, layout, shared=True)
                 floor += (busy.forward + busy.backward) * len(members) * m / layout.pp
@@ -161,16 +166,16 @@ class Estimator:
         schedule = brief_order(layout, m)
         for members in alike_stages(self.model, layout):
             state, chunks = self._state(layout, members[0]), self._chunks(layout, members[0])
-            for stage in members:
-                sends = boundary(self.model, layout, self.workload.seq, stage)
-                if self.practice == OWN:
-                    program = replace(state.program, chunks=chunks, boundary=sends)
-                    passing = fullest(program, layout, schedule, stage).total + beside_bytes(program, m)
-                else:  # other software lets go of whole gradients layer by layer
-                    held = in_flight_bytes(chunks, schedule, stage, layout)
-                    pieces = tuple(piece for chunk in chunks for piece in chunk)
-                    passing = sum(passing_bytes(pieces, held, sum(c.bytes for c in sends)).values())
-                yield int(state.bytes + passing + self.overhead)
+            sends = boundary(self.model, layout, self.workload.seq, members[0])
+            if self.practice == OWN:
+                program = replace(state.program, chunks=chunks, boundary=sends)
+                fullest, beside = Fullest(program, layout, schedule), beside_bytes(program, m)
+                passing = [fullest.of(stage).total + beside for stage in members]
+            else:  # other software lets go of whole gradients layer by layer
+                pieces, sent = tuple(piece for chunk in chunks for piece in chunk), sum(c.bytes for c in sends)
+                held = (in_flight_bytes(chunks, schedule, stage, layout) for stage in members)
+                passing = [sum(passing_bytes(pieces, activations, sent).values()) for activations in held]
+            yield from (int(state.bytes + each + self.overhead) for each in passing)
 
     def _chunks(self, layout: Layout, stage: int) -> tuple[Pieces, ...]:
         its = chunk_pieces(self.model, layout, self.workload.seq, Place(stage))
@@ -196,12 +201,15 @@ class Estimator:
 
     def programs(self, layout: Layout) -> list[Program]:
         """Each stage's program; stages that hold the same share one."""
-        out: dict[int, Program] = {}
+        each = {stage: program for members, program in self._programs(layout).items() for stage in members}
+        return [each[stage] for stage in range(layout.pp)]
+
+    def _programs(self, layout: Layout) -> _Programs:
+        out = {}
         for members in alike_stages(self.model, layout):
             program = self.reduced_program(layout, Place(members[0]))
-            program = replace(program, chunks=tuple(self._practised(chunk, layout) for chunk in program.chunks))
-            out |= dict.fromkeys(members, program)
-        return [out[stage] for stage in range(layout.pp)]
+            out[members] = replace(program, chunks=tuple(self._practised(chunk, layout) for chunk in program.chunks))
+        return out
 
     def reduced_program(self, layout: Layout, place: Place) -> Program:
         """The program of a rank, its gradients reduced in the widths and buckets of the practice."""
@@ -265,13 +273,12 @@ class Estimator:
         ends = links.seconds(moved.first_read, 0) + links.seconds(0, moved.last_written)
         return max(0.0, seconds - update) + min(seconds, ends)
 
-    def _offload_cost(self, programs: list[Program], layout: Layout) -> OffloadCost | None:
+    def _offload_cost(self, stages: _Programs, layout: Layout) -> OffloadCost | None:
         if layout.offload == "none":
             return None
         m, links = micro_batches(layout, self.workload), self._links(layout)
-        kept = [away(program, layout) for program in programs]
-        stage = max(range(len(kept)), key=lambda at: kept[at].kept)
-        moved, program = kept[stage], programs[stage]
+        each = [(away(program, layout), members[0], program) for members, program in stages.items()]
+        moved, stage, program = max(each, key=lambda one: one[0].kept)
         passes, d = self._passes(program, layout), self.durations(program.pieces, layout, shared=False)
         without = replace(passes, forward_read=0.0, backward_read=0.0)
         with_reads, bare = self._passing(d, passes), self._passing(d, without)
@@ -303,11 +310,11 @@ class Estimator:
         sends = boundary(self.model, layout, self.workload.seq, 0)
         return self.times.seconds(sends[0]) if sends else 0.0
 
-    def _shared_floor(self, layout: Layout, stages: list[tuple[Pieces, int]]) -> float:
+    def _shared_floor(self, layout: Layout, stages: _Programs) -> float:
         """Where ranks share cores, the step cannot be shorter than all the work at the rate that all of them together reach."""
         if self.cluster.node.compute_slots is None or layout.world == 1:
             return 0.0
-        busy = [(self.durations(pieces, layout, shared=True), count) for pieces, count in stages]
+        busy = [(self.durations(p.pieces, layout, shared=True), len(at)) for at, p in stages.items()]
         return micro_batches(layout, self.workload) * sum((d.forward + d.backward) * count for d, count in busy) / layout.pp
 
     def _step_end(self, program: Program, layout: Layout, d: Durations) -> float:
@@ -335,16 +342,16 @@ class Estimator:
 
     def _collective_costs(
         self,
-        programs: list[Program],
+        stages: _Programs,
         layout: Layout,
         alone: list[Durations],
         under_pairs: Sequence[float],
         exposed_sends: float,
     ) -> tuple[CollectiveCost, ...]:
-        """`under_pairs[stage]`: seconds of communication with experts that the other pass of a pair hides."""
+        """`alone` and `under_pairs`, seconds of communication with experts that the other pass of a pair hides: of each group of stages."""
         m = micro_batches(layout, self.workload)
         best: dict[tuple[str, str, int], CollectiveCost] = {}
-        for stage, (program, d, under_pair) in enumerate(zip(programs, alone, under_pairs, strict=True)):
+        for (members, program), d, under_pair in zip(stages.items(), alone, under_pairs, strict=True):
             hidden = self._hidden_by_kind(program, layout, d, m)
             rows: dict[tuple[str, str, int], list[tuple[Collective, int]]] = {}
             for c, times in step_collectives(program, m):
@@ -356,7 +363,7 @@ class Estimator:
                 nbytes = sum(c.bytes * times for c, times in calls)
                 if key not in best or nbytes > best[key].bytes:
                     link = self.times.link(calls[0][0])
-                    best[key] = CollectiveCost(*key, stage, link, sum(t for _, t in calls), nbytes, seconds, exposed)
+                    best[key] = CollectiveCost(*key, members[0], link, sum(t for _, t in calls), nbytes, seconds, exposed)
         return tuple(best[key] for key in sorted(best))
 
     def _hidden_by_kind(self, program: Program, layout: Layout, d: Durations, m: int) -> dict[tuple[str, str, int], float]:

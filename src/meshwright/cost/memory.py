@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from meshwright.cost.offload import PLACES, away, keeps_parameters_away
 from meshwright.cost.ops import Piece
-from meshwright.cost.peak import fullest, put_off_bytes
+from meshwright.cost.peak import Fullest, put_off_bytes
 from meshwright.cost.program import Pieces, Program
 from meshwright.cost.units import unit_buffer_bytes
 from meshwright.schedule.actions import Schedule
@@ -54,17 +55,22 @@ def away_bytes(program: Program, layout: Layout) -> dict[str, int]:
     return {PLACES[layout.offload_to]: away(program, layout).kept}
 
 
-def stage_memory(program: Program, layout: Layout, schedule: Schedule, stage: int, overhead: int) -> StageMemory:
-    """State, activations, temporaries and buffers at the fullest moment of a step, and what the runtime itself takes.
+def stage_memories(
+    program: Program, layout: Layout, schedule: Schedule, stages: Iterable[int], overhead: int
+) -> Iterator[StageMemory]:
+    """State, activations, temporaries and buffers at the fullest moment of a step, and what the runtime itself takes, of a rank of each
+    of `stages`, which hold the same `program`.
 
     `overhead`: bytes of context, communication library and allocator.
     """
-    moment = fullest(program, layout, schedule, stage)
+    fullest, away = Fullest(program, layout, schedule), away_bytes(program, layout)
     units = {"units": nbytes} if (nbytes := unit_buffer_bytes(program, layout)) else {}
-    buffers = units | ({"whole gradients": moment.gradients} if moment.gradients else {})
-    passing = {"activations": moment.activations, "working": moment.working + beside_bytes(program, schedule.micro_batches)}
-    categories = state_bytes(program, layout) | buffers | passing | {"overhead": overhead}
-    return StageMemory(stage, categories, away_bytes(program, layout))
+    state, beside = state_bytes(program, layout), beside_bytes(program, schedule.micro_batches)
+    for stage in stages:
+        moment = fullest.of(stage)
+        buffers = units | ({"whole gradients": moment.gradients} if moment.gradients else {})
+        passing = {"activations": moment.activations, "working": moment.working + beside}
+        yield StageMemory(stage, state | buffers | passing | {"overhead": overhead}, away)
 
 
 def beside_bytes(program: Program, micro_batches: int) -> int:

@@ -97,23 +97,41 @@ class Moment:
         return self.activations + self.working + self.gradients
 
 
-def moments(program: Program, layout: Layout, schedule: Schedule, stage: int) -> Iterator[tuple[int, int]]:
-    """(activations, temporaries) of a rank of `stage` through a step; moments that others are above are left out."""
-    chunks = [ChunkBytes.of(pieces, layout) for pieces in program.chunks]
-    at = {split: [chunk.backward(split=split) for chunk in chunks] for split in (False, True)}
-    sizes = [*(chunk.kept for chunk in chunks), *(chunk.deferred for chunk in chunks)]
-    # Of a pair both passes run: beside a whole backward are the temporaries of a forward of another chunk.
-    beside = [max((max(o.working) for o in chunks if o is not own), default=0) * schedule.paired for own in chunks]
-    for kind, here, held in schedule.backwards(stage):
-        others = sum(count * size for count, size in zip(held, sizes, strict=True))
+class Fullest:
+    """The fullest moment of ranks that hold the same `program`, whichever stage of `schedule` they are of."""
+
+    def __init__(self, program: Program, layout: Layout, schedule: Schedule):
+        self.program, self.layout, self.schedule = program, layout, schedule
+        chunks = self._chunks = [ChunkBytes.of(pieces, layout) for pieces in program.chunks]
+        self._sizes = [*(chunk.kept for chunk in chunks), *(chunk.deferred for chunk in chunks)]
+        # Of a pair both passes run: beside a whole backward are the temporaries of a forward of another chunk.
+        self._beside = [
+            max((max(o.working) for o in chunks if o is not own), default=0) * schedule.paired for own in chunks
+        ]
+        self._own: dict[tuple[Kind, int], tuple[int, int]] = {}
+
+    def of(self, stage: int) -> Moment:
+        """In any step but the first: it finds all buffers made."""
+        activations, working = max(self._moments(stage), key=sum)
+        return Moment(activations, working, gradient_buffer_bytes(self.program, self.layout, self.schedule, stage))
+
+    def _moments(self, stage: int) -> Iterator[tuple[int, int]]:
+        """(activations, temporaries) through a step; moments that others are above are left out."""
+        for kind, here, held in self.schedule.backwards(stage):
+            if (kind, here) not in self._own:
+                self._own[kind, here] = self._fullest_of(kind, here)
+            own, working = self._own[kind, here]
+            yield sum(count * size for count, size in zip(held, self._sizes, strict=True)) + own, working
+        yield 0, _widened_bytes(self.program, self.layout)
+
+    def _fullest_of(self, kind: Kind, here: int) -> tuple[int, int]:
+        """The same of one backward, or half of one, of chunk `here`, without what the rank holds of others."""
+        chunk = self._chunks[here]
         if kind is Kind.BACKWARD_WEIGHT:
-            yield others + chunks[here].deferred, chunks[here].product
-            continue
-        other = beside[here] if kind is Kind.BACKWARD else 0
-        yield others + chunks[here].kept, chunks[here].loss + other
-        for own, working in at[kind is Kind.BACKWARD_INPUT][here]:
-            yield others + own, working + other
-    yield 0, _widened_bytes(program, layout)
+            return chunk.deferred, chunk.product
+        other = self._beside[here] if kind is Kind.BACKWARD else 0
+        each = ((own, working + other) for own, working in chunk.backward(split=kind is Kind.BACKWARD_INPUT))
+        return max(((chunk.kept, chunk.loss + other), *each), key=sum)
 
 
 def gradient_buffer_bytes(program: Program, layout: Layout, schedule: Schedule, stage: int) -> int:
@@ -140,9 +158,3 @@ def _widened_bytes(program: Program, layout: Layout) -> int:
     """Gradients that the optimizer's arithmetic needs wider than they are kept, bucket by bucket."""
     is_wider = StateDtypes.of(layout).update != StateDtypes.of(layout).gradient
     return 4 * max(bucket.owned for bucket in program.buckets) if is_wider else 0
-
-
-def fullest(program: Program, layout: Layout, schedule: Schedule, stage: int) -> Moment:
-    """The moment at which a rank of `stage` holds most, in any step but the first: it finds all buffers made."""
-    activations, working = max(moments(program, layout, schedule, stage), key=sum)
-    return Moment(activations, working, gradient_buffer_bytes(program, layout, schedule, stage))

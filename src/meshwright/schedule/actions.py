@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import le
 
 
@@ -71,7 +71,13 @@ class Action:
 
     def of(self, kind: Kind, chunk: int | None = None) -> Action:
         """Another action on the same micro-batch and, unless said otherwise, the same chunk."""
-        return Action(kind, self.micro_batch, self.chunk if chunk is None else chunk)
+        return act(kind, self.micro_batch, self.chunk if chunk is None else chunk)
+
+
+@lru_cache(maxsize=2**17)
+def act(kind: Kind, micro_batch: int, chunk: int = 0) -> Action:
+    """An action: a search makes hundreds of thousands, few of which differ."""
+    return Action(kind, micro_batch, chunk)
 
 
 Seat = tuple[int, int]
@@ -180,7 +186,7 @@ class Schedule:
                 elif action.kind is Kind.BACKWARD_WEIGHT:
                     held[chunks + action.chunk] -= 1
                 each.add(tuple(held))
-            self._held[stage] = {a for a in each if not any(a != b and all(map(le, a, b)) for b in each)}
+            self._held[stage] = set(_highest(each))
         return self._held[stage]
 
     def backwards(self, stage: int) -> set[tuple[Kind, int, tuple[int, ...]]]:
@@ -197,9 +203,7 @@ class Schedule:
                     held[action.chunk + chunks * (action.kind is Kind.BACKWARD_WEIGHT)] -= 1
                     each.setdefault((action.kind, action.chunk), set()).add(tuple(held))
                     held[chunks + action.chunk] += action.kind is Kind.BACKWARD_INPUT
-            self._backwards[stage] = {
-                (*key, a) for key, its in each.items() for a in its if not any(a != b and all(map(le, a, b)) for b in its)
-            }
+            self._backwards[stage] = {(*key, held) for key, its in each.items() for held in _highest(its)}
         return self._backwards[stage]
 
     @cached_property
@@ -215,6 +219,15 @@ class Schedule:
         return {
             place: (stage, chunk) for stage, places in enumerate(self.placement) for chunk, place in enumerate(places)
         }  # fmt: skip
+
+
+def _highest(counts: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Those beside which no other has as many of all."""
+    out: list[tuple[int, ...]] = []
+    for one in sorted(counts, key=sum, reverse=True):  # what is above another has the higher sum, and comes first
+        if not any(all(map(le, one, other)) for other in out):
+            out.append(one)
+    return out
 
 
 def _most(changes: Iterable[int]) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from meshwright.schedule.actions import Action, Kind, Schedule
@@ -30,6 +31,11 @@ class Waits(NamedTuple):
     source: int
     travels: bool
     joins: bool = False
+
+
+def _waits(its: tuple[int, Action, int, bool, bool]) -> Waits:
+    """Without the checks of a call by names: a search makes hundreds of thousands."""
+    return tuple.__new__(Waits, its)
 
 
 def run_clock(
@@ -67,59 +73,84 @@ def wind_clock(schedule: Schedule) -> list[Waits]:
 
     Raises UserError when the stages wait for each other.
     """
-    forward, put_off = Kind.FORWARD, Kind.BACKWARD_WEIGHT
     work = [computations(schedule, stage) for stage in range(schedule.stages)]
-    seats = [_seats(schedule, stage) for stage in range(schedule.stages)]
-    at = [0] * schedule.stages
-    # By direction, place and micro-batch: which computation it was.
-    places = schedule.stages * schedule.chunks
-    done = {on: [[-1] * schedule.micro_batches for _ in range(places)] for on in (True, False)}
-    out: list[Waits] = []
+    orders, pairs = zip(*map(_in_line, work), strict=True)
+    seats = _seats(schedule)
+    at, out = [0] * schedule.stages, list[Waits]()
     moved = True
     while moved:
         moved = False
-        for stage, units in enumerate(work):
-            first = at[stage]
-            for unit in islice(units, first, None):
-                began = len(out)
-                for action in unit:
-                    kind = action.kind
-                    if kind is put_off:
-                        out.append(Waits(stage, action, -1, False))
-                        continue
-                    on = kind is forward
-                    source, travels = seats[stage][action.chunk][on]
-                    index = done[on][source][action.micro_batch] if source is not None else -1
-                    if source is not None and index < 0:
+        for stage, order in enumerate(orders):
+            own, begins, first, here = seats[stage], pairs[stage], at[stage], at[stage]
+            while here < len(order):
+                action = order[here]
+                seat = own[action.chunk][action.kind]
+                source = seat.source[action.micro_batch] if seat.source is not None else -1
+                if source < 0 and seat.source is not None:
+                    break
+                joins = here - 1 in begins
+                if here in begins:  # of a pair, the other must be able to begin too
+                    other = order[here + 1]
+                    its = own[other.chunk][other.kind].source
+                    if its is not None and its[other.micro_batch] < 0:
                         break
-                    out.append(Waits(stage, action, index, travels, len(out) > began))
-                else:
-                    for number, action in enumerate(unit, began):
-                        if action.kind is not put_off:
-                            done[action.kind is forward][schedule.placement[stage][action.chunk]][action.micro_batch] = (
-                                number
-                            )
-                    at[stage] += 1
-                    continue
-                del out[began:]  # of a pair, one can begin and the other cannot
-                break
-            moved = moved or at[stage] > first
-    if any(at[stage] < len(units) for stage, units in enumerate(work)):
-        raise _stuck(schedule, {stage: units[at[stage]] for stage, units in enumerate(work) if at[stage] < len(units)})
+                seat.done[action.micro_batch] = len(out)
+                out.append(_waits((stage, action, source, seat.travels, joins)))
+                here += 1
+            at[stage] = here
+            moved = moved or here > first
+    if any(here < len(order) for here, order in zip(at, orders, strict=True)):
+        raise _stuck(
+            schedule,
+            {stage: _unit_at(units, at[stage]) for stage, units in enumerate(work) if at[stage] < len(orders[stage])},
+        )
     return out
 
 
-def _seats(schedule: Schedule, stage: int) -> list[dict[bool, tuple[int | None, bool]]]:
-    """Of each chunk, forward (True) and backward: the place that it waits for, if any, and whether that is another stage's."""
-    out: list[dict[bool, tuple[int | None, bool]]] = []
-    for chunk, place in enumerate(schedule.placement[stage]):
-        before, after = schedule.before(stage, chunk), schedule.after(stage, chunk)
-        out.append(
-            {
-                True: (place - 1, before[0] != stage) if before is not None else (None, False),
-                False: (place + 1, after[0] != stage) if after is not None else (None, False),
-            }
-        )
+def _in_line(units: Sequence[Unit]) -> tuple[list[Action], frozenset[int]]:
+    """The same one by one, and which of them begin a pair."""
+    order, begins = list[Action](), set[int]()
+    for unit in units:
+        if len(unit) > 1:
+            begins.add(len(order))
+        order += unit
+    return order, frozenset(begins)
+
+
+def _unit_at(units: Sequence[Unit], at: int) -> Unit:
+    """The unit that begins with the `at`-th computation."""
+    starts = accumulate((len(unit) for unit in units), initial=0)
+    return next(unit for unit, start in zip(units, starts, strict=False) if start == at)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seat:
+    """Of the computations of one kind of one chunk, by micro-batch: which turn they were (-1: not yet), and which turns they wait for."""
+
+    source: list[int] | None
+    travels: bool
+    done: list[int]
+
+
+def _seats(schedule: Schedule) -> list[list[dict[Kind, _Seat]]]:
+    """[stage][chunk]."""
+    # By place: forwards, and what gives the gradient of its input.
+    on, back = ([[-1] * schedule.micro_batches for _ in range(schedule.stages * schedule.chunks)] for _ in range(2))
+    out: list[list[dict[Kind, _Seat]]] = []
+    for stage, places in enumerate(schedule.placement):
+        out.append([])
+        for chunk, place in enumerate(places):
+            before, after = schedule.before(stage, chunk), schedule.after(stage, chunk)
+            forward = _Seat(on[place - 1], before[0] != stage, on[place]) if before else _Seat(None, False, on[place])
+            backward = _Seat(back[place + 1], after[0] != stage, back[place]) if after else _Seat(None, False, back[place])
+            out[-1].append(
+                {
+                    Kind.FORWARD: forward,
+                    Kind.BACKWARD: backward,
+                    Kind.BACKWARD_INPUT: backward,
+                    Kind.BACKWARD_WEIGHT: _Seat(None, False, [-1] * schedule.micro_batches),
+                }
+            )
     return out
 
 

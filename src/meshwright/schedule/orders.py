@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-from meshwright.schedule.actions import Action, Kind, Schedule
+from meshwright.schedule.actions import Action, Kind, Schedule, act
 from meshwright.schedule.clock import Waits, wind_clock
 from meshwright.schedule.communication import with_communication
 from meshwright.schedule.dualpipe import dualpipe_v
@@ -126,7 +126,7 @@ def _check_chunks(name: str, chunks: int) -> None:
 
 def _gpipe(stage: int, stages: int, m: int, chunks: int) -> list[Action]:
     """All forwards, then all backwards (Huang et al. 2019, arXiv 1811.06965)."""
-    return [Action(Kind.FORWARD, i) for i in range(m)] + [Action(Kind.BACKWARD, i) for i in range(m)]
+    return [act(Kind.FORWARD, i) for i in range(m)] + [act(Kind.BACKWARD, i) for i in range(m)]
 
 
 def _one_forward_one_backward(stage: int, stages: int, m: int, chunks: int) -> list[Action]:
@@ -135,8 +135,8 @@ def _one_forward_one_backward(stage: int, stages: int, m: int, chunks: int) -> l
     After `stages - 1 - stage` warm-up forwards, forwards and backwards alternate, so a stage never holds more than
     `stages - stage` micro-batches.
     """
-    forwards = [Action(Kind.FORWARD, i) for i in range(m)]
-    return _alternate(forwards, [Action(Kind.BACKWARD, i) for i in range(m)], min(m, stages - 1 - stage))
+    forwards = [act(Kind.FORWARD, i) for i in range(m)]
+    return _alternate(forwards, [act(Kind.BACKWARD, i) for i in range(m)], min(m, stages - 1 - stage))
 
 
 def _interleaved(stage: int, stages: int, m: int, chunks: int) -> list[Action]:
@@ -148,8 +148,8 @@ def _interleaved(stage: int, stages: int, m: int, chunks: int) -> list[Action]:
     turns = range(m * chunks)
     micro_batch = [turn // (stages * chunks) * stages + turn % stages for turn in turns]
     chunk = [turn // stages % chunks for turn in turns]
-    forwards = [Action(Kind.FORWARD, micro_batch[turn], chunk[turn]) for turn in turns]
-    backwards = [Action(Kind.BACKWARD, micro_batch[turn], chunks - 1 - chunk[turn]) for turn in turns]
+    forwards = [act(Kind.FORWARD, micro_batch[turn], chunk[turn]) for turn in turns]
+    backwards = [act(Kind.BACKWARD, micro_batch[turn], chunks - 1 - chunk[turn]) for turn in turns]
     return _alternate(forwards, backwards, min(m * chunks, 2 * (stages - 1 - stage) + (chunks - 1) * stages))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
-from meshwright.schedule.actions import Action, Kind
+from meshwright.schedule.actions import Action, Kind, act
 
 
 class Turns:
@@ -44,6 +44,6 @@ class Turns:
     def _next(self, count: Counter[int], kind: Kind, chunk: int) -> bool:
         if count[chunk] == self.micro_batches:
             return False
-        self.actions.append(Action(kind, count[chunk], chunk))
+        self.actions.append(act(kind, count[chunk], chunk))
         count[chunk] += 1
         return True

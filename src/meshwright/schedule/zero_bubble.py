@@ -5,7 +5,7 @@ Both are for a forward, an input gradient and a weight gradient that take about 
 
 from __future__ import annotations
 
-from meshwright.schedule.actions import Action, Kind
+from meshwright.schedule.actions import Action, Kind, act
 from meshwright.schedule.turns import Turns
 
 
@@ -16,14 +16,14 @@ def zb_h1(stage: int, stages: int, m: int, chunks: int = 1) -> list[Action]:
     first stage waits (stages - 1) (t_F + t_I - t_W), against (stages - 1) (t_F + t_I + t_W) under 1F1B (its table 2).
     """
     warm_up = min(m, stages - 1 - stage)
-    out = [Action(Kind.FORWARD, i) for i in range(warm_up)]
+    out = [act(Kind.FORWARD, i) for i in range(warm_up)]
     for i in range(m):
         if warm_up + i < m:
-            out.append(Action(Kind.FORWARD, warm_up + i))
-        out.append(Action(Kind.BACKWARD_INPUT, i))
+            out.append(act(Kind.FORWARD, warm_up + i))
+        out.append(act(Kind.BACKWARD_INPUT, i))
         if i >= stage:
-            out.append(Action(Kind.BACKWARD_WEIGHT, i - stage))
-    return out + [Action(Kind.BACKWARD_WEIGHT, i) for i in range(max(0, m - stage), m)]
+            out.append(act(Kind.BACKWARD_WEIGHT, i - stage))
+    return out + [act(Kind.BACKWARD_WEIGHT, i) for i in range(max(0, m - stage), m)]
 
 
 def zb_v(stage: int, stages: int, m: int, chunks: int = 2) -> list[Action]:

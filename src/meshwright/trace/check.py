@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from meshwright.cost.memory import stage_memory, state_bytes
+from meshwright.cost.memory import stage_memories, state_bytes
 from meshwright.cost.ops import Attention, Gemm, Op, Under
 from meshwright.cost.program import Pieces, Place, Program, rank_program
 from meshwright.cost.traffic import collectives, step_traffic
@@ -78,7 +78,8 @@ def check_stage(traced: StageTrace, model: Model, layout: Layout, workload: Work
 def estimated_peak(rank: int, model: Model, layout: Layout, workload: Workload) -> int:
     """Bytes that the rank holds at once, without what the runtime takes."""
     schedule, stage = layout_schedule(layout, micro_batches(layout, workload)), Grid(layout).coordinates(rank)["pp"]
-    return stage_memory(_program(rank, model, layout, workload), layout, schedule, stage, overhead=0).total_bytes
+    (held,) = stage_memories(_program(rank, model, layout, workload), layout, schedule, [stage], overhead=0)
+    return held.total_bytes
 
 
 def _program(rank: int, model: Model, layout: Layout, workload: Workload) -> Program:
