@@ -192,7 +192,18 @@ def whole_linear(s: Shapes, name: str, tokens: int, inner: int, width: int) -> P
 def layer_piece(model: Model, layout: Layout, seq: int, window: int | None, moe: bool = False) -> Piece:
     """One transformer layer on one rank."""
     s = Shapes(model, layout, seq)
-    attention = heads(s, window) if model.latent is None else latent(s, model.latent, window)
+    return _layer(s, attention_core(s, window), moe)
+
+
+def coreless_layer_piece(model: Model, layout: Layout, seq: int) -> Piece:
+    """A dense layer without its attention core: with the price of that (`attention_core`) added, what a layer costs. It depends on
+    tokens alone, however they are cut into sequences."""
+    return _layer(Shapes(model, layout, seq), Part((), (), 0), moe=False)
+
+
+def _layer(s: Shapes, core: Part, moe: bool) -> Piece:
+    model, layout = s.model, s.layout
+    attention = heads(s, core) if model.latent is None else latent(s, model.latent, core)
     mlp = experts(s, model.experts) if moe and model.experts else gated_mlp(s, "mlp", model.ffn // layout.tp)
     # Of a model with experts the search prices layers without them first, whose working memory must not be the larger.
     working = max(mlp.working, _last_product_working(s, 0 if model.experts else model.ffn // layout.tp))
@@ -237,13 +248,12 @@ def _recomputed(part: Part) -> Part:
     return Part(part.forward, (*again, *part.backward), 0, again)
 
 
-def heads(s: Shapes, window: int | None) -> Part:
+def heads(s: Shapes, core: Part) -> Part:
     """Grouped-query attention."""
     model = s.model
     q_width, kv_width = s.heads * model.head_dim, s.kv_heads * model.head_dim
     qkv = columns(s, "attention.qkv", model.hidden, {"q": q_width, "k": kv_width, "v": kv_width})
     rotary = Elementwise("rotary", 4 * (q_width + kv_width) * s.T * s.q if model.rope else 0)
-    core = attention_core(s, s.kv_heads, model.head_dim, model.head_dim, window)
     out = row(s, "attention.out", q_width)
     saved = (q_width + 2 * kv_width) * s.T * s.q
     if model.qk_norm:
@@ -256,7 +266,7 @@ def heads(s: Shapes, window: int | None) -> Part:
     )
 
 
-def latent(s: Shapes, latent: LatentAttention, window: int | None) -> Part:
+def latent(s: Shapes, latent: LatentAttention, core: Part) -> Part:
     """Multi-head latent attention (arXiv 2405.04434, section 2.1). The down-projections are whole on every tp rank; sequence
     parallel gathers their narrow outputs instead of the hidden states."""
     D = s.model.hidden
@@ -273,7 +283,6 @@ def latent(s: Shapes, latent: LatentAttention, window: int | None) -> Part:
         q = Part((*down.forward, *up.forward), (*up.backward, *down.backward), 0)
         saved += 2 * latent.q_rank * s.T * s.q + s.T * s.exact
     rotary = Elementwise("rotary", 4 * s.heads * latent.rope_dim * s.T * s.q)
-    core = attention_core(s, s.heads, latent.nope_dim + latent.rope_dim, latent.value_dim, window)
     out = row(s, "attention.out", s.heads * latent.value_dim)
     qkv_saved = (2 * queries + s.heads * latent.value_dim) * s.T * s.q
     return Part(
@@ -292,12 +301,15 @@ def shared_down(s: Shapes, name: str, inner: int, width: int) -> Part:
     return Part((*own.forward, *gather), (*back, *own.backward), 0)
 
 
-def attention_core(s: Shapes, kv_heads: int, head_dim: int, value_dim: int, window: int | None) -> Part:
+def attention_core(s: Shapes, window: int | None) -> Part:
     """Between projections: fused attention, and what context parallelism sends for it.
 
     Queries, keys and values are kept by whoever made them, the output by the linear that reads it.
     """
-    layout = s.layout
+    layout, latent = s.layout, s.model.latent
+    kv_heads, head_dim, value_dim = s.kv_heads, s.model.head_dim, s.model.head_dim
+    if latent is not None:
+        kv_heads, head_dim, value_dim = s.heads, latent.nope_dim + latent.rope_dim, latent.value_dim
     forward, backward = _ring(s, kv_heads, head_dim, value_dim, window)
     if layout.cp_ulysses > 1:
         copies = kv_copies(kv_heads, layout.cp_ulysses)

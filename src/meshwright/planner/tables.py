@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import add
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -14,16 +15,18 @@ from meshwright.cost.peak import put_off_bytes
 from meshwright.cost.pieces import (
     Part,
     Shapes,
+    attention_core,
+    coreless_layer_piece,
     embedding_piece,
     expert_outputs,
     gated_mlp,
     head_piece,
-    layer_piece,
     routed,
     shared_expert,
 )
 from meshwright.planner.space import Floats, Ints, Local, Space
 from meshwright.spec.layout import Layout
+from meshwright.spec.model import Model
 from meshwright.spec.precision import STATE_BYTES
 from meshwright.spec.shards import Seat, Shard, Split, chunk_shards
 
@@ -81,35 +84,90 @@ class Tables:
 
 
 def make_tables(space: Space, estimator: Estimator) -> Tables:
-    """Prices of every combination. What is recomputed adds to a layer that recomputes nothing; the prices of experts do not depend
-    on how attention is cut, nor those of attention on how experts are: each is asked once, and added up."""
+    """Prices of every combination. The prices of experts do not depend on how attention is cut, nor those of attention on how experts
+    are: each is asked once, and added up."""
     model, seq = space.model, space.workload.seq
     layers = [(model.window(i), model.is_moe(i)) for i in range(model.layers)]
     kinds = tuple(dict.fromkeys(layers))
     windows, window_of = _numbered([window for window, _ in kinds])
     figures: list[list[Figures]] = []
     boundary, working = np.empty(len(space.locals)), np.empty(len(space.locals))
-    ends: dict[tuple[int, bool, int, int], list[Figures]] = {}
-    plain: dict[Local, list[Figures]] = {}
+    known = _DenseFigures(model, seq, estimator)
     for at, one in enumerate(space.locals):
-        layout, bare = one.layout(space.gpus, space.precision), replace(one, recompute="none")
-        pieces = [layer_piece(model, layout, seq, window) for window in windows]
-        if one == bare:
-            plain[one] = [_figures(estimator, piece, layout) for piece in pieces]
-            rows = plain[one]
-        else:
-            rows = [_recomputed(estimator, piece, layout, row) for piece, row in zip(pieces, plain[bare], strict=True)]
-        key = (one.tp, one.sp, one.cp, one.micro_batch)  # attention and what is recomputed change neither end of the model
-        if key not in ends:
-            both = embedding_piece(model, layout, seq), head_piece(model, layout, seq, 0)
-            ends[key] = [_figures(estimator, piece, layout) for piece in both]
-        figures.append([*(rows[at] for at in window_of), *ends[key]])
-        boundary[at], working[at] = Shapes(model, layout, seq).residual_bytes, plain[bare][0].working
+        layout = one.layout(space.gpus, space.precision)
+        rows = known.layers(one, layout, windows)
+        figures.append([*(rows[at] for at in window_of), *known.ends(one, layout)])
+        boundary[at], working[at] = Shapes(model, layout, seq).residual_bytes, known.working(one)
     every = np.array(figures).transpose(2, 1, 0)[:, :, space.local]
     whole = dict(zip(Figures._fields, every, strict=True))
     if model.experts is not None:
         _add_experts(space, estimator, kinds, whole, working)
     return Tables(kinds, whole, boundary[space.local], *_shards(space, kinds))
+
+
+class _DenseFigures:
+    """Of layers without experts and of both ends of the model, each asked once: attention itself does not depend on how norms are cut,
+    nor the rest of a layer on how its tokens are cut into sequences."""
+
+    def __init__(self, model: Model, seq: int, estimator: Estimator):
+        self.model, self.seq, self.estimator = model, seq, estimator
+        self._rest: dict[tuple[int, bool, int, bool], Figures] = {}
+        self._cores: dict[tuple[object, ...], Figures] = {}
+        self._heads: dict[tuple[int, bool, int], Figures] = {}
+        self._embeddings: dict[tuple[int, bool, int, int], Figures] = {}
+
+    def layers(self, one: Local, layout: Layout, windows: Sequence[int | None]) -> list[Figures]:
+        """Of a layer with each window."""
+        rest = self._rest_of(one, layout)
+        return [Figures(*map(add, rest, self._core(one, layout, window))) for window in windows]
+
+    def working(self, one: Local) -> float:
+        """Of such a layer that recomputes nothing; `layers` has been asked before."""
+        return self._rest[one.tp, one.sp, self._tokens(one), False].working
+
+    def ends(self, one: Local, layout: Layout) -> tuple[Figures, Figures]:
+        """Of the embedding and of the head."""
+        tokens = self._tokens(one)
+        head, embedding = (one.tp, one.sp, tokens), (one.tp, one.sp, tokens, 1 if self.model.rope else one.cp)
+        if head not in self._heads:
+            self._heads[head] = _figures(self.estimator, head_piece(self.model, layout, self.seq, 0), layout)
+        if embedding not in self._embeddings:
+            its = embedding_piece(self.model, layout, self.seq)
+            self._embeddings[embedding] = _figures(self.estimator, its, layout)
+        return self._embeddings[embedding], self._heads[head]
+
+    def _tokens(self, one: Local) -> int:
+        return one.micro_batch * self.seq // one.cp
+
+    def _rest_of(self, one: Local, layout: Layout) -> Figures:
+        """Of a layer without its attention core."""
+        plain, full = ((one.tp, one.sp, self._tokens(one), again) for again in (False, True))
+        if plain not in self._rest:
+            piece = coreless_layer_piece(self.model, replace(layout, recompute="none"), self.seq)
+            self._rest[plain] = _figures(self.estimator, piece, layout)
+        if one.recompute != "full":  # selective: the core alone
+            return self._rest[plain]
+        if full not in self._rest:
+            piece = coreless_layer_piece(self.model, layout, self.seq)
+            again = _figures(self.estimator, Piece(PART, piece.recomputed, (), 0), layout)
+            found = self._rest[plain]
+            self._rest[full] = found._replace(
+                backward=found.backward + again.forward,
+                crowded=found.crowded + again.crowded,
+                saved=piece.saved_bytes,
+                working=piece.working_bytes,
+            )
+        return self._rest[full]
+
+    def _core(self, one: Local, layout: Layout, window: int | None) -> Figures:
+        key = (one.tp, one.cp, one.ulysses, one.micro_batch, one.recompute, window)
+        if key not in self._cores:
+            part = attention_core(Shapes(self.model, layout, self.seq), window)
+            full = one.recompute == "full"
+            piece = Piece(PART, part.forward, (*part.forward * full, *part.backward), 0 if full else part.saved)
+            found = _figures(self.estimator, piece, layout)
+            self._cores[key] = found._replace(working=part.saved) if full else found
+        return self._cores[key]
 
 
 def _figures(estimator: Estimator, piece: Piece, layout: Layout) -> Figures:
@@ -121,20 +179,6 @@ def _figures(estimator: Estimator, piece: Piece, layout: Layout) -> Figures:
     working = max(piece.working_bytes, piece.loss_bytes)
     put_off = put_off_bytes(piece, STATE_BYTES[layout.precision].parameter)
     return Figures(alone.forward, alone.backward, alone.weight, crowded, piece.saved_bytes, put_off, working)
-
-
-def _recomputed(estimator: Estimator, piece: Piece, layout: Layout, plain: Figures) -> Figures:
-    """Of a layer that runs some of its forward again, from those of the same layer that does not."""
-    again = _figures(estimator, Piece(PART, piece.recomputed, (), 0), layout)
-    return Figures(
-        plain.forward,
-        plain.backward + again.forward,
-        plain.weight,
-        plain.crowded + again.crowded,
-        piece.saved_bytes,
-        plain.put_off,
-        piece.working_bytes,
-    )
 
 
 def _add_experts(
