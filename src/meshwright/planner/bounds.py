@@ -96,7 +96,7 @@ class ClosedForm:
             stages = _Stages(shape, work.take(quick))
         sharding, its = np.nonzero(legal)
         forward, backward = stages.forward[:, its], stages.backward[:, its]
-        prices = np.stack([self.state.price(held, at[its], sharding) for held in shape.held])
+        prices = self.state.price(shape.held, at[its], sharding)
         gather, again, reduction, rest, bytes_ = (prices[:, row] for row in (FORWARD, BACKWARD, REDUCTION, REST, BYTES))
         if self.estimator.times.hides:
             gather, again, reduction = (

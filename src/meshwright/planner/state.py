@@ -81,37 +81,52 @@ class StatePrices:
         zero = [(sharding.zero, sharding.shard or 0) for sharding in space.shardings]
         self._zero, self._shard = np.array(zero, dtype=np.int64).T
 
-    def price(self, held: Held, at: Ints, sharding: Ints) -> Floats:
-        """[5, n] of a stage that holds `held`, for the combinations `at`, each with a sharding (an index of the space's)."""
+    def price(self, helds: Sequence[Held], at: Ints, sharding: Ints) -> Floats:
+        """[stages, 5, n] of stages that hold `helds`, for the combinations `at`, each with a sharding (an index of the space's)."""
         columns, most = self.space.columns, self.space.gpus + 1
         keys = ((self.tables.split[at] * len(self._zero) + sharding) * most + columns.cp[at]) * most + self.space.dp[at]
         unique, first, which = np.unique(keys, return_index=True, return_inverse=True)
-        known, values = self._known.get(held, (np.empty(0, np.int64), np.empty((5, 0))))
-        place = np.minimum(np.searchsorted(known, unique), max(0, len(known) - 1))
-        new = known[place] != unique if len(known) else np.ones(len(unique), dtype=bool)
-        if new.any():
-            known, values = (
-                np.concatenate((known, unique[new])),
-                np.hstack((values, self._new(held, at[first[new]], sharding[first[new]]))),
-            )
-            order = np.argsort(known)
-            known, values = self._known[held] = known[order], values[:, order]
-            place = np.searchsorted(known, unique)
-        return np.asarray(values[:, place[which]])
-
-    def _new(self, held: Held, at: Ints, sharding: Ints) -> Floats:
-        out = np.empty((5, len(at)))
-        for zero in np.unique(self._zero[sharding]).tolist():
-            its = np.flatnonzero(self._zero[sharding] == zero)
-            out[:, its] = self._of_stage(held, at[its], zero, self._shard[sharding[its]])
+        self._learn(helds, unique, at[first], sharding[first])
+        out = np.empty((len(helds), 5, len(at)))
+        for row, held in enumerate(helds):
+            known, values = self._known[held]
+            place: Ints = np.searchsorted(known, unique)
+            out[row] = values[:, place[which]]
         return out
 
-    def _of_stage(self, held: Held, at: Ints, zero: int, shard: Ints) -> Floats:
+    def _learn(self, helds: Sequence[Held], keys: Ints, at: Ints, sharding: Ints) -> None:
+        """Price what is not known yet of any of `helds`, all at once; `keys` (ascending) are of `at` and `sharding`."""
+        none = np.empty(0, np.int64), np.empty((5, 0))
+        new = [np.flatnonzero(~np.isin(keys, self._known.get(held, none)[0], assume_unique=True)) for held in helds]
+        counts = [len(its) for its in new]
+        if not any(counts):
+            for held in helds:
+                self._known.setdefault(held, none)
+            return
+        every = np.concatenate(new)
+        found = self._new(np.repeat(np.array(helds).T, counts, axis=1), at[every], sharding[every])
+        for held, its, values in zip(helds, new, np.split(found, np.cumsum(counts)[:-1], axis=1), strict=True):
+            known, before = self._known.get(held, none)
+            known, values = np.concatenate((known, keys[its])), np.hstack((before, values))
+            order = np.argsort(known)
+            self._known[held] = known[order], values[:, order]
+
+    def _new(self, held: Ints, at: Ints, sharding: Ints) -> Floats:
+        """[5, n]; `held` is [rows of the tables, n]."""
+        out, zero, shard = np.empty((5, len(at))), self._zero[sharding], self._shard[sharding]
+        for its in (np.flatnonzero(zero < 3), np.flatnonzero(zero == 3)):
+            if len(its):
+                out[:, its] = self._of_stages(held[:, its], at[its], zero[its], shard[its])
+        return out
+
+    def _of_stages(self, held: Ints, at: Ints, zero: Ints, shard: Ints) -> Floats:
+        """The same, of those with ZeRO-3 alone or of those without."""
         size, out = self.size, np.zeros((5, len(at)))
         owned_all, elements_all, buffer = np.zeros(len(at)), np.zeros(len(at)), np.zeros(len(at))
-        for group in _groups(zero):
+        scatters, ends = zero >= 2, np.vstack((held[:-2], np.zeros_like(held[-2:])))
+        for group in _groups(int(zero[0])):
             cuts, (rows, table) = self._cuts(group, at, zero, shard), self._shards(group)
-            count, each = np.array(held)[rows][:, None], table[:, self.tables.split[at]]
+            count, each = held[rows], table[:, self.tables.split[at]]
             elements = (count * each).sum(axis=0)
             if not elements.any():
                 continue
@@ -127,24 +142,21 @@ class StatePrices:
             )
             if group.comes_and_goes:
                 # The embedding and the head need not be gathered for backward.
-                layers = self._seconds(
-                    axis, "all_gather", cuts.cuts, cuts.stride, _by_row((*held[:-2], 0, 0), rows, each), size.parameter
-                )
+                layers = _by_row(ends, rows, each)
                 out[FORWARD] += gather
-                out[BACKWARD] += layers
-            if zero >= 2:
-                out[BACKWARD] += scatter
+                out[BACKWARD] += self._seconds(axis, "all_gather", cuts.cuts, cuts.stride, layers, size.parameter)
+            out[BACKWARD] += scatters * scatter
             whole = cuts.cuts == 1
             alone = bunches.count * bunches.each > 0 if group.comes_and_goes else count * each > 0
             largest = (alone * (bunches.each if group.comes_and_goes else each)).max(axis=0)
             buffer = np.maximum(buffer, ~whole * largest)
-            out[REDUCTION] += np.where(whole, replicas, scatter if zero < 2 else 0.0)
+            out[REDUCTION] += np.where(whole, replicas, ~scatters * scatter)
             out[REST] += np.where(whole, 0.0, replicas + (0.0 if group.comes_and_goes else gather))
             parameters = owned if group.comes_and_goes else elements
-            gradients = owned if zero >= 2 else elements
+            gradients = np.where(scatters, owned, elements)
             out[BYTES] += parameters * size.parameter + gradients * size.gradient + owned * size.optimizer
-        if zero >= 2 and size.gradient != size.parameter:  # a whole gradient goes through no parameters' buffer
-            out[BYTES] += buffer * size.gradient
+        if size.gradient != size.parameter:  # a whole gradient goes through no parameters' buffer
+            out[BYTES] += scatters * buffer * size.gradient
         # As `cost/program.py` has the optimizer, without padding.
         moved = (
             owned_all * (2 * (size.optimizer + size.parameter) + size.gradient)
@@ -153,15 +165,13 @@ class StatePrices:
         out[REST] += self.start + self.per_byte * moved
         return out
 
-    def _cuts(self, group: _Group, at: Ints, zero: int, shard: Ints) -> _Cuts:
+    def _cuts(self, group: _Group, at: Ints, zero: Ints, shard: Ints) -> _Cuts:
         columns = self.space.columns
         ranks, stride = self.space.dp[at] * columns.cp[at], columns.tp[at]
         if group.routed:
             ranks, stride = ranks * columns.tp[at] // (columns.ep[at] * columns.etp[at]), columns.ep[at] * columns.etp[at]
-        if zero == 0:
-            return _Cuts(ranks, np.ones_like(ranks), stride)
         within = np.gcd(shard, ranks) if group.routed else shard
-        return _Cuts(ranks, np.where(shard > 0, within, ranks), stride)
+        return _Cuts(ranks, np.where(zero == 0, 1, np.where(shard > 0, within, ranks)), stride)
 
     def _shards(self, group: _Group) -> tuple[Ints, Ints]:
         """Which row of the tables each shard is of; [shards, splits] its elements."""
@@ -214,8 +224,8 @@ class StatePrices:
         return np.array(seconds)
 
 
-def _by_row(held: Held, rows: Ints, each: Ints) -> _Bunches:
+def _by_row(held: Ints, rows: Ints, each: Ints) -> _Bunches:
     """A layer, an embedding or a head at a time."""
-    together = np.zeros((len(held), each.shape[1]), dtype=np.int64)
+    together = np.zeros_like(held)
     np.add.at(together, rows, each)
-    return _Bunches(np.broadcast_to(np.array(held)[:, None], together.shape), together)
+    return _Bunches(held, together)
