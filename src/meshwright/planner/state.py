@@ -90,8 +90,7 @@ class StatePrices:
         out = np.empty((len(helds), 5, len(at)))
         for row, held in enumerate(helds):
             known, values = self._known[held]
-            place: Ints = np.searchsorted(known, unique)
-            out[row] = values[:, place[which]]
+            out[row] = values[:, np.asarray(np.searchsorted(known, unique))[which]]
         return out
 
     def _learn(self, helds: Sequence[Held], keys: Ints, at: Ints, sharding: Ints) -> None:
