@@ -60,9 +60,8 @@ class ClosedForm:
         """A bound of each combination whatever its schedule and sharding: its work shared out evenly over the stages."""
         model, tables = self.space.model, self.tables
         kinds = [(model.window(i), model.is_moe(i)) for i in range(model.layers)]
-        counts = np.array([*(kinds.count(kind) for kind in tables.kinds), 1, 1])
-        both = tables.pieces["forward"] + tables.pieces["backward"]
-        return np.asarray(counts @ both * self.space.micro_batches / self.space.pp)
+        counts = np.array([*(kinds.count(kind) for kind in tables.kinds), 1, 1], dtype=float)
+        return np.asarray(tables.seconds(counts) * self.space.micro_batches / self.space.pp)
 
     def price(self, at: Ints, *, below: float | Floats = float("inf"), plain: bool = False) -> Iterator[Bounds]:
         """Bounds of the combinations `at` (ascending) under every pipeline and sharding that is legal for them.
@@ -77,7 +76,7 @@ class ClosedForm:
             legal = np.stack(
                 [self.space.can_shard(s, its) & use for s, use in zip(self.space.shardings, shardings, strict=True)]
             )
-            work = _Work(*(self.tables.pieces[name][:, its] for name in _Work._fields))
+            work = _Work(*(self.tables.of(name, its) for name in _Work._fields))
             for pipeline in self.space.pipelines(pp):
                 if not plain or pipeline.chunks <= 2:
                     runs = np.flatnonzero(self.space.runs(pipeline, its))
@@ -104,7 +103,7 @@ class ClosedForm:
             )
         seconds = stages.bound(m, hop, its, forward + backward + gather + again)
         if self.estimator.cluster.node.compute_slots is not None and self.space.gpus > 1:
-            crowded = shape.counts.sum(axis=0) @ self.tables.pieces["crowded"][:, at]
+            crowded = shape.counts.sum(axis=0) @ self.tables.of("crowded", at)
             seconds = np.maximum(seconds, (crowded * m)[its] / pipeline.pp)
         passing = stages.passing_bytes(m, self.tables.boundary[at])
         bytes_ = passing[:, its] + bytes_ + self.estimator.overhead

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import add
 from typing import NamedTuple, TypeVar
 
@@ -24,7 +25,7 @@ from meshwright.cost.pieces import (
     routed,
     shared_expert,
 )
-from meshwright.planner.space import Floats, Ints, Local, Space
+from meshwright.planner.space import Bools, Floats, Ints, Local, Space
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import Model
 from meshwright.spec.precision import STATE_BYTES
@@ -69,23 +70,45 @@ class ShardSizes:
 
 @dataclass(frozen=True)
 class Tables:
-    """`pieces[figure]` is [kinds + 2, combinations of the space]: each kind of layer, then the embedding and the head.
-
-    `split` says which way to cut parameters a combination has.
-    """
+    """What the rows (each kind of layer, then the embedding and the head) cost in each combination of a space."""
 
     kinds: tuple[Kind, ...]
-    pieces: dict[str, Floats]
+    dense: dict[str, Floats]
+    """By figure, [kinds + 2, local choices]: without what experts cost more."""
+    experts: dict[str, Floats]
+    """By figure, [choices of experts]: that, of one layer. Empty for a model without experts."""
+    local: Ints
+    """Which local choice a combination has; so, too, the next."""
+    choice: Ints
     boundary: Floats
-    """Bytes of one hidden state that a stage sends."""
+    """Bytes of one hidden state that a stage sends, of each combination."""
     shards: tuple[tuple[ShardSizes, ...], ...]
     """[splits][kinds + 2]: what a rank holds of each of these."""
     split: Ints
+    """Which way to cut parameters a combination has."""
+
+    def of(self, figure: str, at: Ints) -> Floats:
+        """[kinds + 2, n]: a figure of the combinations `at`."""
+        out: Floats = self.dense[figure][:, self.local[at]]
+        if self.experts:
+            out[self._sparse] += self.experts[figure][self.choice[at]]
+        return out
+
+    def seconds(self, counts: Floats) -> Floats:
+        """Of every combination: both passes of one micro-batch through so many of each row."""
+        out: Floats = (counts @ (self.dense["forward"] + self.dense["backward"]))[self.local]
+        if self.experts:
+            out += (counts[self._sparse].sum() * (self.experts["forward"] + self.experts["backward"]))[self.choice]
+        return out
+
+    @cached_property
+    def _sparse(self) -> list[int]:
+        return [row for row, (_, moe) in enumerate(self.kinds) if moe]
 
 
 def make_tables(space: Space, estimator: Estimator) -> Tables:
     """Prices of every combination. The prices of experts do not depend on how attention is cut, nor those of attention on how experts
-    are: each is asked once, and added up."""
+    are: each is asked once, and added up where it is asked for."""
     model, seq = space.model, space.workload.seq
     layers = [(model.window(i), model.is_moe(i)) for i in range(model.layers)]
     kinds = tuple(dict.fromkeys(layers))
@@ -98,11 +121,11 @@ def make_tables(space: Space, estimator: Estimator) -> Tables:
         rows = known.layers(one, layout, windows)
         figures.append([*(rows[at] for at in window_of), *known.ends(one, layout)])
         boundary[at], working[at] = Shapes(model, layout, seq).residual_bytes, known.working(one)
-    every = np.array(figures).transpose(2, 1, 0)[:, :, space.local]
-    whole = dict(zip(Figures._fields, every, strict=True))
+    dense = dict(zip(Figures._fields, np.array(figures).transpose(2, 1, 0), strict=True))
+    experts, choice = dict[str, Floats](), np.empty(0, np.int64)
     if model.experts is not None:
-        _add_experts(space, estimator, kinds, whole, working)
-    return Tables(kinds, whole, boundary[space.local], *_shards(space, kinds))
+        experts, choice = _experts(space, estimator, kinds, dense, working)
+    return Tables(kinds, dense, experts, space.local, choice, boundary[space.local], *_shards(space, kinds))
 
 
 class _DenseFigures:
@@ -181,11 +204,14 @@ def _figures(estimator: Estimator, piece: Piece, layout: Layout) -> Figures:
     return Figures(alone.forward, alone.backward, alone.weight, crowded, piece.saved_bytes, put_off, working)
 
 
-def _add_experts(
-    space: Space, estimator: Estimator, kinds: Sequence[Kind], whole: dict[str, Floats], working: Floats
-) -> None:
-    """Add to the kinds with experts what these cost more than a plain MLP, for as many tokens on a rank. `working`: of a layer with
-    such an MLP that recomputes nothing."""
+def _experts(
+    space: Space, estimator: Estimator, kinds: Sequence[Kind], dense: dict[str, Floats], working: Floats
+) -> tuple[dict[str, Floats], Ints]:
+    """What routed experts cost, for each choice of them and each number of tokens on a rank; and which choice each combination has.
+
+    The kinds of `dense` that have experts lose a plain MLP for them, and get what else comes with experts. `working`: of a layer with
+    such an MLP that recomputes nothing.
+    """
     model, seq = space.model, space.workload.seq
     assert model.experts is not None
     shape = model.experts
@@ -211,23 +237,38 @@ def _add_experts(
         return _part_figures(estimator, part, layout, part.forward if shape.shared_ffn else part.forward[:-1])
 
     tokens = [x.micro_batch * seq // x.cp for x in space.locals]
+    full = np.array([x.recompute == "full" for x in space.locals])
     others, other = _numbered([(T, x.tp, x.sp) for T, x in zip(tokens, space.locals, strict=True)])
+    changes = _as_recomputed(np.array([beside(*key) for key in others]).T[:, other], full)
+    changes["working"] -= working
+    for row in [row for row, (_, moe) in enumerate(kinds) if moe]:
+        for figure, change in changes.items():
+            dense[figure][row] += change
     sizes, size = _numbered([T // x.tp for T, x in zip(tokens, space.locals, strict=True)])
-    pairs, which = np.unique(size[space.local] * len(space.experts) + space.expert, return_inverse=True)
+    keys = (full * len(sizes) + size)[space.local] * len(space.experts) + space.expert
+    used = np.flatnonzero(np.bincount(keys))
+    choice = np.zeros(int(used[-1]) + 1, dtype=np.int64)
+    choice[used] = np.arange(len(used))
+    pairs, which = np.unique(used % (len(sizes) * len(space.experts)), return_inverse=True)
     values = np.array(
         [each(sizes[at], expert) for at, expert in (divmod(pair, len(space.experts)) for pair in pairs.tolist())]
     )
-    more = values.T[:, which] + np.array([beside(*key) for key in others]).T[:, other[space.local]]
-    forward, backward, weight, crowded, saved, put_off, own, again = more
-    full = np.array([x.recompute == "full" for x in space.locals])[space.local]
-    for row in [row for row, (_, moe) in enumerate(kinds) if moe]:
-        whole["forward"][row] += forward
-        whole["backward"][row] += backward + full * again
-        whole["weight"][row] += weight
-        whole["crowded"][row] += crowded
-        whole["saved"][row] += ~full * saved
-        whole["put_off"][row] += put_off
-        whole["working"][row] += full * saved + own - working[space.local]
+    recomputed = used >= len(sizes) * len(space.experts)
+    return _as_recomputed(values.T[:, which], recomputed), choice[keys]
+
+
+def _as_recomputed(figures: Floats, full: Bools) -> dict[str, Floats]:
+    """What the parts with these `figures` (and `again`) cost a layer; `full`: one that runs them again."""
+    forward, backward, weight, crowded, saved, put_off, own, again = figures
+    return {
+        "forward": forward,
+        "backward": backward + full * again,
+        "weight": weight,
+        "crowded": crowded,
+        "saved": ~full * saved,
+        "put_off": put_off,
+        "working": full * saved + own,
+    }
 
 
 def _numbered(keys: Sequence[K]) -> tuple[list[K], Ints]:
