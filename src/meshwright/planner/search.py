@@ -242,7 +242,8 @@ class _Search:
         orders = []
         for of_kind in of_kinds:
             its = np.flatnonzero(of_kind)
-            orders.append(its[np.argsort(least[its], kind="stable")[:MOST_PER_KIND]])
+            few = its[np.argpartition(least[its], MOST_PER_KIND)[:MOST_PER_KIND]] if len(its) > MOST_PER_KIND else its
+            orders.append(few[np.argsort(least[few], kind="stable")])
         first = np.unique(np.concatenate([[], *(order[:FIRST_BLOCK] for order in orders)]).astype(np.int64))
         flat = _Flat(self.space, [*self.bounds, *self.closed.price(first, plain=True)])
         found = [flat.least_of(kind, of_kind, limit) for kind, of_kind in zip(kinds, of_kinds, strict=True)]

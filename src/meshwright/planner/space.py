@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,11 +159,14 @@ class Space:
 
     def size(self) -> int:
         """Layouts."""
-        # What can be sharded and run depends on these alone; local choices and experts repeat them.
-        columns, keys = self.columns, np.zeros(len(self.local), dtype=np.int64)
-        for axis in (self.pp, columns.tp, columns.cp, columns.micro_batch):
-            keys = keys * (int(axis.max(initial=0)) + 1) + axis
-        _, alike, times = np.unique(keys, return_index=True, return_counts=True)
+        # What can be sharded and run depends on the local choice and pp alone, whatever cuts experts.
+        if not len(self.local):
+            return 0
+        deepest = int(self.pp.max()) + 1
+        counts = np.bincount(self.local * deepest + self.pp)
+        first = np.zeros(len(counts), dtype=np.int64)
+        first[self.local * deepest + self.pp] = np.arange(len(self.local))
+        alike, times = first[counts > 0], counts[counts > 0]
         shardings = np.sum([self.can_shard(sharding, alike) for sharding in self.shardings], axis=0)
         pipelines = np.zeros(len(alike), dtype=np.int64)
         for pp in np.unique(self.pp).tolist():
@@ -223,8 +226,9 @@ def legal_space(model: Model, workload: Workload, gpus: int, precision: Precisio
     )
 
 
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+@lru_cache(maxsize=1024)
+def divisors(n: int) -> tuple[int, ...]:
+    return tuple(d for d in range(1, n + 1) if n % d == 0)
 
 
 def _locals(model: Model, workload: Workload, gpus: int, precision: Precision) -> Iterator[Local]:

@@ -27,7 +27,6 @@ from meshwright.cost.pieces import (
 )
 from meshwright.planner.space import Bools, Floats, Ints, Local, Space
 from meshwright.spec.layout import Layout
-from meshwright.spec.model import Model
 from meshwright.spec.precision import STATE_BYTES
 from meshwright.spec.shards import Seat, Shard, Split, chunk_shards
 
@@ -109,18 +108,17 @@ class Tables:
 def make_tables(space: Space, estimator: Estimator) -> Tables:
     """Prices of every combination. The prices of experts do not depend on how attention is cut, nor those of attention on how experts
     are: each is asked once, and added up where it is asked for."""
-    model, seq = space.model, space.workload.seq
+    model = space.model
     layers = [(model.window(i), model.is_moe(i)) for i in range(model.layers)]
     kinds = tuple(dict.fromkeys(layers))
     windows, window_of = _numbered([window for window, _ in kinds])
     figures: list[list[Figures]] = []
     boundary, working = np.empty(len(space.locals)), np.empty(len(space.locals))
-    known = _DenseFigures(model, seq, estimator)
+    known = _DenseFigures(space, estimator)
     for at, one in enumerate(space.locals):
-        layout = one.layout(space.gpus, space.precision)
-        rows = known.layers(one, layout, windows)
-        figures.append([*(rows[at] for at in window_of), *known.ends(one, layout)])
-        boundary[at], working[at] = Shapes(model, layout, seq).residual_bytes, known.working(one)
+        rows = known.layers(one, windows)
+        figures.append([*(rows[at] for at in window_of), *known.ends(one)])
+        boundary[at], working[at] = known.boundary(one), known.working(one)
     dense = dict(zip(Figures._fields, np.array(figures).transpose(2, 1, 0), strict=True))
     experts, choice = dict[str, Floats](), np.empty(0, np.int64)
     if model.experts is not None:
@@ -132,45 +130,57 @@ class _DenseFigures:
     """Of layers without experts and of both ends of the model, each asked once: attention itself does not depend on how norms are cut,
     nor the rest of a layer on how its tokens are cut into sequences."""
 
-    def __init__(self, model: Model, seq: int, estimator: Estimator):
-        self.model, self.seq, self.estimator = model, seq, estimator
+    def __init__(self, space: Space, estimator: Estimator):
+        self.space, self.estimator = space, estimator
+        self.model, self.seq = space.model, space.workload.seq
         self._rest: dict[tuple[int, bool, int, bool], Figures] = {}
         self._cores: dict[tuple[object, ...], Figures] = {}
         self._heads: dict[tuple[int, bool, int], Figures] = {}
         self._embeddings: dict[tuple[int, bool, int, int], Figures] = {}
 
-    def layers(self, one: Local, layout: Layout, windows: Sequence[int | None]) -> list[Figures]:
+    def layers(self, one: Local, windows: Sequence[int | None]) -> list[Figures]:
         """Of a layer with each window."""
-        rest = self._rest_of(one, layout)
-        return [Figures(*map(add, rest, self._core(one, layout, window))) for window in windows]
+        rest = self._rest_of(one)
+        return [Figures(*map(add, rest, self._core(one, window))) for window in windows]
 
     def working(self, one: Local) -> float:
         """Of such a layer that recomputes nothing; `layers` has been asked before."""
         return self._rest[one.tp, one.sp, self._tokens(one), False].working
 
-    def ends(self, one: Local, layout: Layout) -> tuple[Figures, Figures]:
+    def boundary(self, one: Local) -> int:
+        """Bytes of one hidden state that a stage sends."""
+        own = self._tokens(one) // one.tp if one.sp else self._tokens(one)
+        return own * self.model.hidden * STATE_BYTES[self.space.precision].parameter
+
+    def ends(self, one: Local) -> tuple[Figures, Figures]:
         """Of the embedding and of the head."""
         tokens = self._tokens(one)
         head, embedding = (one.tp, one.sp, tokens), (one.tp, one.sp, tokens, 1 if self.model.rope else one.cp)
         if head not in self._heads:
+            layout = self._layout(one)
             self._heads[head] = _figures(self.estimator, head_piece(self.model, layout, self.seq, 0), layout)
         if embedding not in self._embeddings:
-            its = embedding_piece(self.model, layout, self.seq)
-            self._embeddings[embedding] = _figures(self.estimator, its, layout)
+            layout = self._layout(one)
+            self._embeddings[embedding] = _figures(self.estimator, embedding_piece(self.model, layout, self.seq), layout)
         return self._embeddings[embedding], self._heads[head]
 
     def _tokens(self, one: Local) -> int:
         return one.micro_batch * self.seq // one.cp
 
-    def _rest_of(self, one: Local, layout: Layout) -> Figures:
+    def _layout(self, one: Local) -> Layout:
+        return one.layout(self.space.gpus, self.space.precision)
+
+    def _rest_of(self, one: Local) -> Figures:
         """Of a layer without its attention core."""
         plain, full = ((one.tp, one.sp, self._tokens(one), again) for again in (False, True))
         if plain not in self._rest:
-            piece = coreless_layer_piece(self.model, replace(layout, recompute="none"), self.seq)
+            layout = self._layout(replace(one, recompute="none"))
+            piece = coreless_layer_piece(self.model, layout, self.seq)
             self._rest[plain] = _figures(self.estimator, piece, layout)
         if one.recompute != "full":  # selective: the core alone
             return self._rest[plain]
         if full not in self._rest:
+            layout = self._layout(one)
             piece = coreless_layer_piece(self.model, layout, self.seq)
             again = _figures(self.estimator, Piece(PART, piece.recomputed, (), 0), layout)
             found = self._rest[plain]
@@ -182,9 +192,10 @@ class _DenseFigures:
             )
         return self._rest[full]
 
-    def _core(self, one: Local, layout: Layout, window: int | None) -> Figures:
+    def _core(self, one: Local, window: int | None) -> Figures:
         key = (one.tp, one.cp, one.ulysses, one.micro_batch, one.recompute, window)
         if key not in self._cores:
+            layout = self._layout(one)
             part = attention_core(Shapes(self.model, layout, self.seq), window)
             full = one.recompute == "full"
             piece = Piece(PART, part.forward, (*part.forward * full, *part.backward), 0 if full else part.saved)
@@ -291,13 +302,23 @@ def _shards(space: Space, kinds: Sequence[Kind]) -> tuple[tuple[tuple[ShardSizes
     combination has."""
     model = space.model
     first = [next(i for i in range(model.layers) if (model.window(i), model.is_moe(i)) == kind) for kind in kinds]
-    ids, of_local = _numbered([(x.tp, x.sp) for x in space.locals])
-    out = []
-    for split in (Split(tp, sp, ep, etp) for tp, sp in ids for ep, etp in space.experts):
+    ids, of_local = _numbered([x.tp for x in space.locals])
+
+    def sizes(split: Split) -> list[ShardSizes]:
         parts = [chunk_shards(model, split, Seat(), range(i, i + 1), False, False) for i in first]
         parts += [chunk_shards(model, split, Seat(), range(0), at == 0, at == 1) for at in range(2)]
-        out.append(tuple(_sizes(shards) for shards in parts))
-    return tuple(out), of_local[space.local] * len(space.experts) + space.expert
+        return [_sizes(shards) for shards in parts]
+
+    # Experts are not cut by tp, nor the rest by what cuts experts.
+    dense, routed = [sizes(Split(tp)) for tp in ids], [sizes(Split(ep=ep, etp=etp)) for ep, etp in space.experts]
+    out = tuple(
+        tuple(
+            replace(one, experts=its.experts, expert_vectors=its.expert_vectors) for one, its in zip(rows, own, strict=True)
+        )
+        for rows in dense
+        for own in routed
+    )
+    return out, of_local[space.local] * len(space.experts) + space.expert
 
 
 def _sizes(shards: Sequence[Shard]) -> ShardSizes:
