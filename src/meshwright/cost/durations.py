@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from meshwright.cost.adapt import is_recomputed
 from meshwright.cost.collectives import CollectiveTimes
@@ -31,6 +32,22 @@ class Durations:
     backward_experts: float = 0.0
 
 
+class _Run(NamedTuple):
+    """Seconds of one pass through a piece."""
+
+    compute: float
+    exposed: float
+    """Communication that nothing hides."""
+    weight: float
+    """Of the products that make weight gradients."""
+    experts: float
+    """In which tokens travel to or from experts."""
+
+    @property
+    def whole(self) -> float:
+        return self.compute + self.exposed
+
+
 class PieceTimes:
     """Prices pieces on one cluster under one practice; remembers each."""
 
@@ -42,8 +59,12 @@ class PieceTimes:
     def durations(self, pieces: Pieces, layout: Layout, *, shared: bool) -> Durations:
         """One micro-batch through `pieces`; `shared` when all ranks of a node compute at once."""
         kernels = self.kernels(layout, shared=shared)
-        each = [(self._piece_durations(piece, kernels, shared), repeat) for piece, repeat in pieces]
+        each = [(self._of(piece, kernels, shared), repeat) for piece, repeat in pieces]
         return Durations(*(sum(getattr(d, name) * repeat for d, repeat in each) for name in Durations.__slots__))
+
+    def of(self, piece: Piece, layout: Layout, *, shared: bool) -> Durations:
+        """The same of one piece."""
+        return self._of(piece, self.kernels(layout, shared=shared), shared)
 
     def kernels(self, layout: Layout, *, shared: bool) -> Kernels:
         active = min(layout.world, self.cluster.node.accelerators) if shared else 1
@@ -52,7 +73,7 @@ class PieceTimes:
             self._kernels[key] = Kernels(self.cluster, layout.precision, active, self.practice, self.constants)
         return self._kernels[key]
 
-    def _piece_durations(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
+    def _of(self, piece: Piece, kernels: Kernels, shared: bool) -> Durations:
         key = (id(piece), shared)
         if key not in self._seconds:
             forward, backward = (
@@ -62,12 +83,12 @@ class PieceTimes:
             self._seconds[key] = (
                 piece,
                 Durations(
-                    forward[0] + forward[1],
-                    backward[0] + backward[1],
-                    forward[0] + backward[0],
-                    self._weight_seconds(piece.backward, kernels),
-                    self._expert_seconds(piece.forward),
-                    self._expert_seconds(piece.backward),
+                    forward.whole,
+                    backward.whole,
+                    forward.compute + backward.compute,
+                    backward.weight,
+                    forward.experts,
+                    backward.experts,
                 ),
             )
         return self._seconds[key][1]
@@ -80,7 +101,7 @@ class PieceTimes:
         """Seconds that forward and backward of `piece` wait for the host that starts their kernels."""
         kernels = self.kernels(layout, shared=False)
         forward, backward = (
-            sum(self._run(ops, kernels, host, waited)) - sum(self._run(ops, kernels, 0.0, 0.0))
+            self._run(ops, kernels, host, waited).whole - self._run(ops, kernels, 0.0, 0.0).whole
             for ops, host, waited in self._launched(piece, kernels)
         )
         return forward, backward
@@ -89,30 +110,36 @@ class PieceTimes:
         """Forward and backward, each with the seconds of starting its kernels and with those that the host waits for the device."""
         waited = kernels.waited_seconds(piece.forward) if piece.name == "layer" else 0.0
         yield piece.forward, self._host_seconds(piece, piece.forward, kernels), waited
-        again = waited if is_recomputed(piece) else 0.0
-        yield piece.backward, self._host_seconds(piece, piece.backward, kernels), again
+        again = waited and is_recomputed(piece)
+        yield piece.backward, self._host_seconds(piece, piece.backward, kernels), waited if again else 0.0
 
-    def _run(self, ops: tuple[Op, ...], kernels: Kernels, host: float, waited: float) -> tuple[float, float]:
-        """(seconds of computation, seconds of exposed communication) of `ops` in order. `host`: seconds of starting them.
+    def _run(self, ops: tuple[Op, ...], kernels: Kernels, host: float, waited: float) -> _Run:
+        """Of `ops` in order. `host`: seconds of starting them.
 
         The host launches kernels while earlier ones run: where all of them take less than the launches, those are what lasts. Where
         it waits for the device, `waited` seconds of that come on top of what the kernels take.
         """
-        compute = exposed = 0.0
+        compute = exposed = weight = experts = 0.0
         for op in ops:
             if isinstance(op, Gemm):
-                compute += kernels.gemm(op)
+                seconds = kernels.gemm(op)
+                compute += seconds
+                if op.is_weight_gradient:
+                    weight += seconds
             elif isinstance(op, Attention):
                 compute += kernels.attention(op)
             elif isinstance(op, Elementwise):
                 compute += kernels.elementwise(op)
             elif isinstance(op, Collective):
                 exposed += self._exposed_in_line(op)
+                if op.axis == "ep":
+                    experts += self.times.seconds(op)
             else:
                 work = self.work(op, kernels)
                 compute += work
                 exposed += self.exposed(op, work)
-        return max(compute + waited, host - exposed), exposed
+                weight += sum(kernels.gemm(g) for g in op.work if isinstance(g, Gemm) and g.is_weight_gradient)
+        return _Run(max(compute + waited, host - exposed), exposed, weight, experts)
 
     def _exposed_in_line(self, op: Collective) -> float:
         """Seconds of a collective between two products, of which all but a part can run in pieces beside them."""
@@ -120,13 +147,6 @@ class PieceTimes:
         if not self.practice.overlaps_tensor or op.axis != "tp":
             return seconds
         return seconds / op.group_size + self.constants.beside * seconds * (1 - 1 / op.group_size)
-
-    def _weight_seconds(self, ops: tuple[Op, ...], kernels: Kernels) -> float:
-        products = [g for op in ops for g in (op.work if isinstance(op, Under) else (op,)) if isinstance(g, Gemm)]
-        return sum(kernels.gemm(g) for g in products if g.is_weight_gradient)
-
-    def _expert_seconds(self, ops: tuple[Op, ...]) -> float:
-        return sum(self.times.seconds(op) for op in ops if isinstance(op, Collective) and op.axis == "ep")
 
     def work(self, op: Under, kernels: Kernels) -> float:
         return sum(kernels.gemm(g) if isinstance(g, Gemm) else kernels.attention(g) for g in op.work)

@@ -86,8 +86,10 @@ class Kernels:
 
     def _is_narrowed(self, op: Gemm) -> bool:
         """Whether the engine makes narrow factors for it (`parallel/fp8.py`): for outputs and input gradients of the layers' linears."""
+        if self.precision not in NARROW:
+            return False
         is_linear = not (op.groups > 1 or op.name.startswith(("head", "moe.router")) or op.is_weight_gradient)
-        return self.precision in NARROW and is_linear and not (op.n % NARROW_MULTIPLE or op.k % NARROW_MULTIPLE)
+        return is_linear and not (op.n % NARROW_MULTIPLE or op.k % NARROW_MULTIPLE)
 
     def _cast(self, op: Gemm, products: str) -> float:
         """Other software casts the activations of a narrower product first, in both orders, and its weight gradient finds them cast. The

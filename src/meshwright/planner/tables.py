@@ -205,10 +205,11 @@ class _DenseFigures:
 
 
 def _figures(estimator: Estimator, piece: Piece, layout: Layout) -> Figures:
-    piece = replace(piece, name=PART)
-    alone, crowded = estimator.durations(((piece, 1),), layout, shared=False), 0.0
+    if piece.name != PART:
+        piece = replace(piece, name=PART)
+    alone, crowded = estimator.pieces.of(piece, layout, shared=False), 0.0
     if estimator.cluster.node.compute_slots is not None:
-        busy = estimator.durations(((piece, 1),), layout, shared=True)
+        busy = estimator.pieces.of(piece, layout, shared=True)
         crowded = busy.forward + busy.backward
     working = max(piece.working_bytes, piece.loss_bytes)
     put_off = put_off_bytes(piece, STATE_BYTES[layout.precision].parameter)
@@ -293,7 +294,7 @@ def _part_figures(estimator: Estimator, part: Part, layout: Layout, repeated: Se
     what a full recompute repeats."""
     found = _figures(estimator, Piece(PART, part.forward, part.backward, part.saved, part.working), layout)
     computed = tuple(op for op in (part.forward if repeated is None else repeated) if not isinstance(op, Collective))
-    again = estimator.durations(((Piece(PART, computed, (), 0), 1),), layout, shared=False)
+    again = estimator.pieces.of(Piece(PART, computed, (), 0), layout, shared=False)
     return np.array([*found, again.forward])
 
 
