@@ -36,6 +36,7 @@ class Kernels:
     constants: KernelConstants = field(default_factory=load_kernel_constants)
     _priced: dict[Gemm | Attention, float] = field(default_factory=dict, repr=False, compare=False)
     """Layers and layouts repeat their products."""
+    _rates: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     def gemm(self, op: Gemm) -> float:
         """A product's roofline, with the tiles that it is cut into where the accelerator's processors are known."""
@@ -55,8 +56,7 @@ class Kernels:
         if self._is_looped(op):
             return op.groups * self.gemm(self._of_one(op))
         products = self._products(op)
-        size = STATE_BYTES[self.precision].parameter
-        moved = size * (op.m * op.k + op.groups * op.k * op.n + op.m * op.n) / self.memory_bandwidth
+        moved = self._size * (op.m * op.k + op.groups * op.k * op.n + op.m * op.n) / self.memory_bandwidth
         if self._measured_matmul and products == self._kept:
             return max(op.flops / self._matmul_rate(op.flops), moved)
         rate = self._matmul_rate(op.flops, products)
@@ -73,7 +73,12 @@ class Kernels:
         """The product of one expert."""
         return replace(op, m=-(-op.m // op.groups), groups=1)
 
-    @property
+    @cached_property
+    def _size(self) -> int:
+        """Bytes of an element."""
+        return STATE_BYTES[self.precision].parameter
+
+    @cached_property
     def _kept(self) -> Precision:
         """What everything but narrow products is computed in."""
         return kept_in(self.precision)
@@ -102,8 +107,7 @@ class Kernels:
             return moved / self.memory_bandwidth + 2 * NARROWING_STEPS * self._gap
         if op.is_weight_gradient:
             return 0.0
-        size = STATE_BYTES[self.precision].parameter
-        return (size + 2) * op.m * op.k / self.memory_bandwidth
+        return (self._size + 2) * op.m * op.k / self.memory_bandwidth
 
     def _attention(self, op: Attention) -> float:
         measured = self._measured_attention[op.backward]
@@ -124,7 +128,6 @@ class Kernels:
 
     def _written_scores(self, op: Attention) -> float:
         """Products over the whole square, and the passes over the scores between them."""
-        size = STATE_BYTES[self.precision].parameter
         constants = self.constants
         rows, columns = op.length // op.share, op.length
         maps = op.batch * op.heads
@@ -132,7 +135,7 @@ class Kernels:
         narrow = Gemm("values", maps * rows, op.value_dim, columns, maps)
         products = 2 * (self.gemm(wide) + self.gemm(narrow)) if op.backward else self.gemm(wide) + self.gemm(narrow)
         passes: float = constants.score_passes[self.practice.attention]
-        bytes_ = maps * rows * columns * size * passes * (1.5 if op.backward else 1.0)
+        bytes_ = maps * rows * columns * self._size * passes * (1.5 if op.backward else 1.0)
         return products + bytes_ / self.memory_bandwidth + self._gap * passes / 2
 
     def host_seconds(self, ops: Sequence[Op], recomputed: bool) -> float:
@@ -220,8 +223,15 @@ class Kernels:
     def _matmul_rate(self, flops: float, precision: str | None = None) -> float:
         if self._measured_matmul and precision in (None, self._kept):
             return self._shared(self._measured_matmul, flops)
+        key = precision or self._kept
+        if key not in self._rates:
+            self._rates[key] = self._rate(key)
+        return self._rates[key]
+
+    def _rate(self, precision: str) -> float:
+        """FLOP/s of large products."""
         constants, accelerator = self.constants, self.cluster.accelerator
-        if precision is None or precision not in accelerator.peak_flops:
+        if precision not in accelerator.peak_flops:
             precision = self._kept
         share = accelerator.matmul_share.get(precision, constants.matmul_share) * constants.sustained_share
         peak = accelerator.peak_flops[precision] if precision != self._kept else self.peak_flops

@@ -22,7 +22,9 @@ def product_seconds(op: Gemm, rate: float, processors: int, memory_rate: float, 
     for rows, columns, share in constants.tiles:
         tiles = groups * -(-m // rows) * -(-n // columns)
         each = 2.0 * rows * columns * processors / (rate * share)
-        best = min(best, -(-tiles // processors) * each * (k + fill))
+        seconds = -(-tiles // processors) * each * (k + fill)
+        if seconds < best:
+            best = seconds
         # Into no more parts than keep every processor busy twice.
         cut = 2
         while tiles * cut <= 2 * processors:
