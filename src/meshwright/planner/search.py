@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -171,10 +172,14 @@ class _Search:
         self.gap = 0.0
         self.bounds: list[Bounds] = []
 
+    @cached_property
+    def _order(self) -> Ints:
+        """The combinations, the most promising first."""
+        return np.argsort(self.closed.least_seconds, kind="stable")
+
     def run(self, top: int) -> None:
         """Play layouts in the order of their bounds until none can be quicker than the best, and at least `top` have been."""
-        least = self.closed.least_seconds
-        order = np.argsort(least, kind="stable")
+        least, order = self.closed.least_seconds, self._order
         queue = _Queue()
         start, block, fit = 0, FIRST_BLOCK, 0
         small = self.space.size() <= SMALL_SPACE
@@ -239,11 +244,7 @@ class _Search:
         """First of those already priced and of the most promising of each kind; then of all that may still be quicker."""
         least, limit = self.closed.least_seconds, self.limit
         of_kinds = [kind.columns(self.space.columns) for kind in kinds]
-        orders = []
-        for of_kind in of_kinds:
-            its = np.flatnonzero(of_kind)
-            few = its[np.argpartition(least[its], MOST_PER_KIND)[:MOST_PER_KIND]] if len(its) > MOST_PER_KIND else its
-            orders.append(few[np.argsort(least[few], kind="stable")])
+        orders = [self._order[np.flatnonzero(of_kind[self._order])[:MOST_PER_KIND]] for of_kind in of_kinds]
         first = np.unique(np.concatenate([[], *(order[:FIRST_BLOCK] for order in orders)]).astype(np.int64))
         flat = _Flat(self.space, [*self.bounds, *self.closed.price(first, plain=True)])
         found = [flat.least_of(kind, of_kind, limit) for kind, of_kind in zip(kinds, of_kinds, strict=True)]
