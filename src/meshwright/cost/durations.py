@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,6 +66,10 @@ class PieceTimes:
         """The same of one piece."""
         return self._of(piece, self.kernels(layout, shared=shared), shared)
 
+    def computation(self, ops: Sequence[Op], layout: Layout) -> float:
+        """Seconds of what of `ops` is no communication, on a rank that has its node for itself."""
+        return self._run(ops, self.kernels(layout, shared=False), 0.0, 0.0).compute
+
     def kernels(self, layout: Layout, *, shared: bool) -> Kernels:
         active = min(layout.world, self.cluster.node.accelerators) if shared else 1
         key = (layout.precision, active)
@@ -113,7 +117,7 @@ class PieceTimes:
         again = waited and is_recomputed(piece)
         yield piece.backward, self._host_seconds(piece, piece.backward, kernels), waited if again else 0.0
 
-    def _run(self, ops: tuple[Op, ...], kernels: Kernels, host: float, waited: float) -> _Run:
+    def _run(self, ops: Sequence[Op], kernels: Kernels, host: float, waited: float) -> _Run:
         """Of `ops` in order. `host`: seconds of starting them.
 
         The host launches kernels while earlier ones run: where all of them take less than the launches, those are what lasts. Where

@@ -203,27 +203,12 @@ def legal_space(model: Model, workload: Workload, gpus: int, precision: Precisio
     ranks = np.array([x.tp * x.cp for x in locals_], dtype=np.int64)
     size = np.array([x.micro_batch for x in locals_], dtype=np.int64)
     folded = np.array([ep * etp for ep, etp in experts], dtype=np.int64)
-    local, expert, pp = (
-        axis.ravel() for axis in np.meshgrid(*(np.arange(len(x)) for x in (locals_, experts, stages)), indexing="ij")
-    )
-    inner = ranks[local] * stages[pp]
-    legal = gpus % inner == 0
+    inner = ranks[:, None] * stages
     dp = gpus // inner
-    legal &= (dp > 0) & (workload.global_batch % np.maximum(1, dp * size[local]) == 0)
-    legal &= (gpus // stages[pp]) % folded[expert] == 0
-    return Space(
-        model,
-        workload,
-        gpus,
-        precision,
-        domain,
-        locals_,
-        experts,
-        local[legal],
-        expert[legal],
-        stages[pp[legal]],
-        dp[legal],
-    )
+    fills = (gpus % inner == 0) & (dp > 0) & (workload.global_batch % np.maximum(1, dp * size[:, None]) == 0)
+    folds = (gpus // stages) % folded[:, None] == 0
+    local, expert, pp = np.nonzero(fills[:, None] & folds)
+    return Space(model, workload, gpus, precision, domain, locals_, experts, local, expert, stages[pp], dp[local, pp])
 
 
 @lru_cache(maxsize=1024)

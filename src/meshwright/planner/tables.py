@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from meshwright.cost.estimate import Estimator
-from meshwright.cost.ops import PART, Collective, Op, Piece
+from meshwright.cost.ops import PART, Op, Piece
 from meshwright.cost.peak import put_off_bytes
 from meshwright.cost.pieces import (
     Part,
@@ -293,9 +293,8 @@ def _part_figures(estimator: Estimator, part: Part, layout: Layout, repeated: Se
     """The figures of a part of a layer, and `again`: forward (or what is `repeated` of it) without its communication, no more than
     what a full recompute repeats."""
     found = _figures(estimator, Piece(PART, part.forward, part.backward, part.saved, part.working), layout)
-    computed = tuple(op for op in (part.forward if repeated is None else repeated) if not isinstance(op, Collective))
-    again = estimator.pieces.of(Piece(PART, computed, (), 0), layout, shared=False)
-    return np.array([*found, again.forward])
+    again = estimator.pieces.computation(part.forward if repeated is None else repeated, layout)
+    return np.array([*found, again])
 
 
 def _shards(space: Space, kinds: Sequence[Kind]) -> tuple[tuple[tuple[ShardSizes, ...], ...], Ints]:
