@@ -21,7 +21,7 @@ from meshwright.cost.estimate import Estimator
 from meshwright.cost.result import Estimate
 from meshwright.planner.bounds import Bounds, ClosedForm
 from meshwright.planner.explain import reason_against
-from meshwright.planner.search import CLOSE, Plan, legal_layouts, plan
+from meshwright.planner.search import CLOSE, SMALL_SPACE, Plan, legal_layouts, plan
 from meshwright.planner.space import MIN_TOKENS, Ints, divisors, legal_space
 from meshwright.planner.tables import make_tables
 from meshwright.schedule.orders import check_micro_batches
@@ -115,6 +115,9 @@ def compare_with_playing_all(model: Model, cluster: Cluster, work: Workload, gpu
     assert found.gap <= CLOSE
     if found.gap == 0:
         assert found.best.estimate.step_time_s == pytest.approx(min(fitting), rel=1e-12)
+    if len(every) <= SMALL_SPACE:
+        steps = [candidate.estimate.step_time_s for candidate in found.candidates]
+        assert steps == pytest.approx(sorted(fitting)[:5], rel=1e-12)
     assert found.best.estimate == estimator.estimate(found.best.estimate.layout)
 
 
@@ -385,7 +388,7 @@ def brute_force(model: Model, work: Workload, gpus: int) -> Iterator[Layout]:
 
 @given(st.integers(1, 5000))
 def test_divisors(n: int) -> None:
-    assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
+    assert list(divisors(n)) == [d for d in range(1, n + 1) if n % d == 0]
 
 
 def test_estimates_of_a_plan_are_those_of_estimate() -> None:

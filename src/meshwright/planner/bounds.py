@@ -27,7 +27,7 @@ from meshwright.cost.ops import Collective
 from meshwright.planner.space import Bools, Floats, Ints, Pipeline, Space
 from meshwright.planner.state import BACKWARD, BYTES, FORWARD, REDUCTION, REST, Held, StatePrices
 from meshwright.planner.tables import Kind, Tables
-from meshwright.schedule.orders import peak_held, peak_in_flight
+from meshwright.schedule.orders import peak_deferred, peak_held, peak_in_flight
 from meshwright.schedule.stages import placement, stage_chunks
 from meshwright.spec.layout import Layout
 
@@ -217,10 +217,11 @@ class _Stages:
         bound = np.stack([passing[shape.kind == k].max(axis=0) for k in range(len(working))]) + working
         if not shape.splits:
             return np.asarray(bound)
-        # Of each micro-batch held there is what its forward saved, or what its weights' half needs.
-        least = np.minimum(saved, (shape.counts @ self.work.put_off)[shape.places]).min(axis=1)
-        held = np.stack([_held(p, size) for size in sizes.tolist()], axis=1)[:, which] * least
-        most = np.stack([held[shape.kind == k].max(axis=0) for k in range(len(working))])
+        # Of each micro-batch held there is what its forward saved, or what its weights' half needs: of those put off surely the latter.
+        put_off = (shape.counts @ self.work.put_off)[shape.places]
+        held, deferred = (np.stack([of(p, size) for size in sizes.tolist()], axis=1)[:, which] for of in (_held, _deferred))
+        least = np.maximum(held * np.minimum(saved, put_off).min(axis=1), deferred * put_off.min(axis=1))
+        most = np.stack([least[shape.kind == k].max(axis=0) for k in range(len(working))])
         return np.asarray(np.maximum(bound, most))
 
 
@@ -236,6 +237,13 @@ def _held(pipeline: Pipeline, micro_batches: int) -> Ints:
     """[stages]: chunks of which anything is there, be it for the weights' half of a backward."""
     p = pipeline
     return np.array([peak_held(p.schedule, stage, p.pp, micro_batches, p.chunks) for stage in range(p.pp)])
+
+
+@lru_cache(maxsize=4096)
+def _deferred(pipeline: Pipeline, micro_batches: int) -> Ints:
+    """[stages]: chunks whose weights' half is put off."""
+    p = pipeline
+    return np.array([peak_deferred(p.schedule, stage, p.pp, micro_batches) for stage in range(p.pp)])
 
 
 @lru_cache(maxsize=4096)

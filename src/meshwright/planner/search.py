@@ -33,7 +33,9 @@ from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
 FIRST_BLOCK = 256
-"""Combinations that get their tighter bounds at once; each further block is eight times as large."""
+"""Combinations that get their tighter bounds at once."""
+GROWTH = 4
+"""Of each further block."""
 PLAYED, CLOSE = 48, 5e-3
 """Once so many layouts have been played, one that by its bound could be quicker by no more than this share is not played."""
 FAR = 1.5
@@ -178,29 +180,32 @@ class _Search:
         return np.argsort(self.closed.least_seconds, kind="stable")
 
     def run(self, top: int) -> None:
-        """Play layouts in the order of their bounds until none can be quicker than the best, and at least `top` have been."""
+        """Play layouts in the order of their bounds until none can be quicker than the `top` quickest."""
         least, order = self.closed.least_seconds, self._order
         queue = _Queue()
-        start, block, fit = 0, FIRST_BLOCK, 0
+        start, block = 0, FIRST_BLOCK
         small = self.space.size() <= SMALL_SPACE
         most = SMALL_SPACE if small else MOST_PLAYED
-        best = float("inf")
+        leaders = [float("inf")] * top
         while True:
-            enough = best * (1 - CLOSE) if len(self.played) >= PLAYED and fit >= top and not small else best
+            # What is no quicker than the last of the leaders is of no use; after many plays, nor is what is hardly quicker than the best.
+            many = len(self.played) >= PLAYED and leaders[-1] < float("inf") and not small
+            enough = leaders[0] * (1 - CLOSE) if many else leaders[-1]
             unseen = float(least[order[start]]) if start < len(order) else float("inf")
-            # The first to be played need not be the first of all: once a step is known, most others need no bound of their own.
-            known = best < float("inf") or queue.least > FAR * unseen
+            # The first to be played need not be the first of all: once steps are known, most others need no bound of their own.
+            known = leaders[-1] < float("inf") or queue.least > FAR * unseen
             if unseen < min(queue.least, enough) and known:
                 queue.add(*self._block(order[start : start + block], enough))
-                start, block = start + block, 8 * block
+                start, block = start + block, GROWTH * block
                 continue
-            if queue.least == float("inf") or len(self.played) >= most or (queue.least >= enough and fit >= top):
+            if queue.least >= enough or len(self.played) >= most:
+                best = leaders[0]
                 self.gap = max(0.0, 1 - min(queue.least, unseen) / best) if best < float("inf") else 0.0
                 return
             number, index = queue.pop()
             quick = self._play(self._layout(self.bounds[number], index))
             if quick.fits:
-                best, fit = min(best, quick.step_time_s), fit + 1
+                leaders = sorted((*leaders, quick.step_time_s))[:top]
 
     def leaders(self, top: int) -> list[Estimate]:
         """The quickest that fit, priced with all their tables."""

@@ -122,6 +122,7 @@ class StatePrices:
         """The same, of those with ZeRO-3 alone or of those without."""
         size, out = self.size, np.zeros((5, len(at)))
         owned_all, elements_all, buffer = np.zeros(len(at)), np.zeros(len(at)), np.zeros(len(at))
+        units = np.zeros(held.shape)
         scatters, ends = zero >= 2, np.vstack((held[:-2], np.zeros_like(held[-2:])))
         for group in _groups(int(zero[0])):
             cuts, (rows, table) = self._cuts(group, at, zero, shard), self._shards(group)
@@ -142,6 +143,7 @@ class StatePrices:
             if group.comes_and_goes:
                 # The embedding and the head need not be gathered for backward.
                 layers = _by_row(ends, rows, each)
+                units += (cuts.cuts > 1) * (held > 0) * bunches.each
                 out[FORWARD] += gather
                 out[BACKWARD] += self._seconds(axis, "all_gather", cuts.cuts, cuts.stride, layers, size.parameter)
             out[BACKWARD] += scatters * scatter
@@ -154,6 +156,7 @@ class StatePrices:
             parameters = owned if group.comes_and_goes else elements
             gradients = np.where(scatters, owned, elements)
             out[BYTES] += parameters * size.parameter + gradients * size.gradient + owned * size.optimizer
+        out[BYTES] += units.max(axis=0) * size.parameter  # the largest whole, while it is used
         if size.gradient != size.parameter:  # a whole gradient goes through no parameters' buffer
             out[BYTES] += scatters * buffer * size.gradient
         # As `cost/program.py` has the optimizer, without padding.

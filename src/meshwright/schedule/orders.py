@@ -116,6 +116,14 @@ def peak_held(name: str, stage: int, stages: int, micro_batches: int, chunks: in
     return peak_in_flight(name, stage, stages, micro_batches, chunks)
 
 
+def peak_deferred(name: str, stage: int, stages: int, micro_batches: int) -> int:
+    """`Schedule.deferred`, in chunks, in closed form, for pricing many layouts; of ZB-V with fewer micro-batches than stages no more
+    than that."""
+    if name == "zb-v" and micro_batches >= stages:
+        return 2 * stage + 1
+    return min(micro_batches, stage + 1) if name in ("zb-h1", "zb-v", "dualpipe-v") else 0
+
+
 def _check_chunks(name: str, chunks: int) -> None:
     if name == "interleaved":
         if chunks < 2:
