@@ -53,16 +53,19 @@ def estimate(
     seq: int,
     global_batch: int,
     gpus: int | None = None,
+    expert_imbalance: float = 1.0,
 ) -> Estimate:
     """Price one layout.
 
     `model` and `cluster`: catalogue name, path, or object. `seq`: tokens; `global_batch`: sequences a step. `gpus`: checked
-    against the layout's world when given. Raises UserError for anything that does not fit together.
+    against the layout's world when given. `expert_imbalance`: rows of the fullest expert over the mean. Raises UserError for anything
+    that does not fit together.
     """
     parsed = parse_layout(layout) if isinstance(layout, str) else layout
     if gpus is not None:
         check_world(parsed, gpus)
-    return Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch)).estimate(parsed)
+    workload = Workload(seq, global_batch, expert_imbalance)
+    return Estimator(_model(model), _cluster(cluster), workload).estimate(parsed)
 
 
 def trace(
@@ -198,6 +201,7 @@ def plan(
     global_batch: int,
     top: int = 5,
     precision: Precision = "bf16",
+    expert_imbalance: float = 1.0,
     refine: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
@@ -205,7 +209,7 @@ def plan(
     out. `progress` gets the number priced so far."""
     from meshwright.planner.search import plan as search  # the search alone needs NumPy
 
-    p = _problem(model, cluster, gpus, seq, global_batch, precision)
+    p = _problem(model, cluster, gpus, seq, global_batch, precision, expert_imbalance)
     found = search(p.model, p.cluster, p.workload, gpus, top=top, precision=precision, progress=progress)
     if not refine:
         return found
@@ -215,21 +219,35 @@ def plan(
 
 
 def pareto(
-    *, model: str | Model, cluster: str | Cluster, gpus: int, seq: int, global_batch: int, precision: Precision = "bf16"
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    gpus: int,
+    seq: int,
+    global_batch: int,
+    precision: Precision = "bf16",
+    expert_imbalance: float = 1.0,
 ) -> list[Estimate]:
     """The front of speed against memory left free; arguments as in `plan`."""
     from meshwright.planner.around import pareto as front
 
-    return front(_problem(model, cluster, gpus, seq, global_batch, precision))
+    return front(_problem(model, cluster, gpus, seq, global_batch, precision, expert_imbalance))
 
 
 def sensitivity(
-    *, model: str | Model, cluster: str | Cluster, gpus: int, seq: int, global_batch: int, precision: Precision = "bf16"
+    *,
+    model: str | Model,
+    cluster: str | Cluster,
+    gpus: int,
+    seq: int,
+    global_batch: int,
+    precision: Precision = "bf16",
+    expert_imbalance: float = 1.0,
 ) -> list[Variation]:
     """What the best becomes with one more NIC a node, twice the batch, half the nodes; arguments as in `plan`."""
     from meshwright.planner.around import sensitivity as vary
 
-    return vary(_problem(model, cluster, gpus, seq, global_batch, precision))
+    return vary(_problem(model, cluster, gpus, seq, global_batch, precision, expert_imbalance))
 
 
 def ways_out(
@@ -241,11 +259,12 @@ def ways_out(
     seq: int,
     global_batch: int,
     precision: Precision = "bf16",
+    expert_imbalance: float = 1.0,
 ) -> list[WayOut]:
     """The three cheapest changes after which the layout of `nearest` fits; arguments as in `plan`."""
     from meshwright.planner.ways import ways_out as ways
 
-    p = _problem(model, cluster, gpus, seq, global_batch, precision)
+    p = _problem(model, cluster, gpus, seq, global_batch, precision, expert_imbalance)
     return ways(Estimator(p.model, p.cluster, p.workload), nearest.layout)
 
 
@@ -257,6 +276,7 @@ def size(
     seq: int,
     global_batch: int,
     precision: Precision = "bf16",
+    expert_imbalance: float = 1.0,
     objective: str = "time",
     tokens: float | None = None,
     deadline: float | None = None,
@@ -277,7 +297,10 @@ def size(
     if budget is not None and not budget > 0:
         raise UserError(f"budget must be above 0 USD, got {budget:g}")
     sizer = Sizer(
-        _problem(model, cluster, gpus, seq, global_batch, precision), tokens or PER, terms or Terms(), progress=progress
+        _problem(model, cluster, gpus, seq, global_batch, precision, expert_imbalance),
+        tokens or PER,
+        terms or Terms(),
+        progress=progress,
     )
     if deadline is not None:
         return sizer.for_deadline(deadline)
@@ -285,13 +308,19 @@ def size(
 
 
 def _problem(
-    model: str | Model, cluster: str | Cluster, gpus: int, seq: int, global_batch: int, precision: Precision
+    model: str | Model,
+    cluster: str | Cluster,
+    gpus: int,
+    seq: int,
+    global_batch: int,
+    precision: Precision,
+    expert_imbalance: float,
 ) -> Problem:
     from meshwright.planner.around import Problem
 
     if gpus < 1:
         raise UserError(f"gpus must be at least 1, got {gpus}")
-    return Problem(_model(model), _cluster(cluster), Workload(seq, global_batch), gpus, precision)
+    return Problem(_model(model), _cluster(cluster), Workload(seq, global_batch, expert_imbalance), gpus, precision)
 
 
 def lint(

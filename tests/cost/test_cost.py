@@ -350,6 +350,52 @@ def test_weights_of_experts_get_a_gradient_of_every_row() -> None:
     assert weights == rows > 0
 
 
+def test_an_uneven_router_costs_the_rank_with_the_fullest_expert() -> None:
+    """It gets what this expert has above the mean, on top of its share; where it has all experts it gets no more, only unevenly."""
+    model, uneven = load_model("mixtral-8x7b"), 2.5
+    for text, extra in (("dp8 ep4 mb1", 1.5 / 2), ("dp8 ep8 etp1 mb1", 1.5), ("dp8 mb1", 0.0)):
+        even, full = (layer_piece(model, parse_layout(text), 4096, None, True, x) for x in (1.0, uneven))
+        for passes in ("forward", "backward"):
+            flops, uneven_flops = (
+                sum(op.flops for op in getattr(p, passes) if isinstance(op, Gemm) and op.name.startswith("moe.experts"))
+                for p in (even, full)
+            )
+            assert uneven_flops == pytest.approx(flops * (1 + extra), rel=1e-3)
+            sent = [[op.bytes for op in getattr(p, passes) if isinstance(op, Collective)] for p in (even, full)]
+            assert max(sent[1], default=0) == pytest.approx(max(sent[0], default=0) * (1 + extra), rel=1e-3)
+        assert (full.saved_bytes > even.saved_bytes) is (extra > 0)
+
+
+@pytest.mark.parametrize("text", ["dp8:zero1 pp4 ep8 mb1", "dp8:zero1 pp4 ep4 etp2 mb1 ac:full", "dp8:zero1 pp4 mb1"])
+def test_a_step_is_no_shorter_where_routing_is_less_even(text: str) -> None:
+    every = [
+        Estimator(load_model("mixtral-8x7b"), load_cluster("h100-superpod"), Workload(4096, 64, x)).estimate(
+            parse_layout(text)
+        )
+        for x in (1.0, 1.25, 2.0, 4.0)
+    ]
+    steps, peaks = [e.step_time_s for e in every], [e.peak_bytes for e in every]
+    assert steps == sorted(steps)
+    assert steps[0] < steps[-1]
+    assert peaks == sorted(peaks)
+    assert (peaks[0] < peaks[-1]) is ("ep" in text)
+    # What runs again is counted over all ranks, however uneven.
+    assert [e.hfu / e.mfu for e in every] == pytest.approx([every[0].hfu / every[0].mfu] * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "says"), [("gpt2", 1.5, "no experts"), ("mixtral-8x7b", 4.5, "at most all tokens")]
+)
+def test_a_router_cannot_be_less_even_than_there_are_experts(model: str, given: float, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Estimator(load_model(model), load_cluster("h100-superpod"), Workload(1024, 8, given)).estimate(
+            parse_layout("dp8 mb1")
+        )
+    for wrong in (0.5, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="at least 1"):
+            Workload(1024, 8, wrong)
+
+
 def test_a_split_backward_hands_on_inputs_and_output_gradients_alone() -> None:
     """Not what was saved; with full recompute that is more than the layers' inputs, which is all that was."""
     for mode, less in (("", True), ("ac:full", False)):

@@ -137,7 +137,8 @@ def random_problem(random: Random, largest: int) -> tuple[Model, Cluster, Worklo
         moe = tuple(range(random.randint(0, 1), layers)) if model.moe_layers else ()
         model = replace(model, layers=layers, windows=model.windows[:layers], moe_layers=moe)
         cluster = load_cluster(random.choice(MACHINES))
-        work = Workload(random.choice((256, 512, 1000, 1024, 2048)), random.randint(1, 16))
+        uneven = random.choice((1.0, 1.5)) if moe else 1.0
+        work = Workload(random.choice((256, 512, 1000, 1024, 2048)), random.randint(1, 16), uneven)
         gpus = random.choice((2, 3, 4, 6, 8, 12, 16))
         if (gpus > 4 and cluster.name == "local") or (model.rope is None and work.seq > model.max_positions):
             continue

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from meshwright.cli.shared import AsJson, Cluster, GlobalBatch, MemoryBudget, Model, Seq, print_json, say, show
+from meshwright.cli.shared import (
+    AsJson,
+    Cluster,
+    ExpertImbalance,
+    GlobalBatch,
+    MemoryBudget,
+    Model,
+    Seq,
+    print_json,
+    say,
+    show,
+)
 
 
 def estimate(
@@ -16,6 +27,7 @@ def estimate(
     global_batch: GlobalBatch,
     layout: Annotated[str, typer.Option("--layout", help='One line, such as "dp20:zero1 tp8:sp pp4 mb1".')],
     gpus: Annotated[int | None, typer.Option("--gpus", help="Checked against the layout.")] = None,
+    expert_imbalance: ExpertImbalance = 1.0,
     memory_budget: MemoryBudget = None,
     timeline: Annotated[
         str | None, typer.Option("--timeline", help="Draw the pipeline timeline to this PNG or SVG.")
@@ -40,7 +52,15 @@ def estimate(
             model=model, cluster=cluster, seq=seq, global_batch=global_batch, layout=layout, memory_budget=memory_budget
         )
         layout, chosen, line = str(fitted.best.layout), {"memory_budget": fitted_dict(fitted)}, fitted_line(fitted)
-    priced = price(model=model, cluster=cluster, gpus=gpus, seq=seq, global_batch=global_batch, layout=layout)
+    priced = price(
+        model=model,
+        cluster=cluster,
+        gpus=gpus,
+        seq=seq,
+        global_batch=global_batch,
+        layout=layout,
+        expert_imbalance=expert_imbalance,
+    )
     if json:
         print_json(priced.as_dict() | chosen)
     else:

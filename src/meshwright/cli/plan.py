@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from meshwright.cli.shared import AsJson, Cluster, GlobalBatch, Gpus, Model, Seq, duration, print_json, show
+from meshwright.cli.shared import (
+    AsJson,
+    Cluster,
+    ExpertImbalance,
+    GlobalBatch,
+    Gpus,
+    Model,
+    Seq,
+    duration,
+    print_json,
+    show,
+)
 
 SILENT_SECONDS = 1.0
 
@@ -21,6 +32,7 @@ def plan(
     global_batch: GlobalBatch,
     top: Annotated[int, typer.Option("--top", min=1, help="How many layouts to show.")] = 5,
     precision: Annotated[str, typer.Option("--precision", help="bf16, fp32 or fp64.")] = "bf16",
+    expert_imbalance: ExpertImbalance = 1.0,
     refine: Annotated[
         bool,
         typer.Option(
@@ -51,7 +63,8 @@ def plan(
     if precision not in STATE_BYTES:
         raise choices(precision, STATE_BYTES, "precision")
     asked: dict[str, Any] = {
-        "model": model, "cluster": cluster, "gpus": gpus, "seq": seq, "global_batch": global_batch, "precision": precision
+        "model": model, "cluster": cluster, "gpus": gpus, "seq": seq, "global_batch": global_batch, "precision": precision,
+        "expert_imbalance": expert_imbalance,
     }  # fmt: skip
     if objective != "time" or deadline or budget is not None:
         _refuse_together({"--pareto": pareto, "--sensitivity": sensitivity, "--refine": refine})

@@ -18,6 +18,10 @@ MemoryBudget = Annotated[
     str | None,
     typer.Option("--memory-budget", help="Of a rank, such as 60GiB: chooses what is recomputed to stay within it."),
 ]
+ExpertImbalance = Annotated[
+    float,
+    typer.Option("--expert-imbalance", help="Rows of the fullest expert over the mean, as training logs them."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

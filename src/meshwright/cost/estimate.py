@@ -13,6 +13,7 @@ from meshwright.cost.memory import StageMemory, beside_bytes, in_flight_bytes, p
 from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
 from meshwright.cost.ops import Collective, Piece, Under
 from meshwright.cost.peak import Fullest
+from meshwright.cost.pieces import fullest_rank
 from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.program import Pieces, Place, Program, boundary, chunk_pieces, rank_program
 from meshwright.cost.result import CollectiveCost, Estimate, Price
@@ -124,8 +125,12 @@ class Estimator:
 
     def _recomputed_share(self, stages: _Programs, layout: Layout) -> float:
         """FLOPs that all ranks run again, over those that the model needs."""
+        experts, uneven = self.model.experts, self.workload.expert_imbalance
+        fullest = fullest_rank(experts, layout, uneven) if experts else 1.0
         each = sum(
-            recomputed_flops(piece.recomputed) * repeat * len(at) for at, p in stages.items() for piece, repeat in p.pieces
+            recomputed_flops(piece.recomputed, fullest) * repeat * len(at)
+            for at, p in stages.items()
+            for piece, repeat in p.pieces
         )
         passes = micro_batches(layout, self.workload) * layout.world // layout.pp
         return each * passes / (self.workload.tokens * self.flops)
@@ -178,7 +183,7 @@ class Estimator:
             yield from (int(state.bytes + each + self.overhead) for each in passing)
 
     def _chunks(self, layout: Layout, stage: int) -> tuple[Pieces, ...]:
-        its = chunk_pieces(self.model, layout, self.workload.seq, Place(stage))
+        its = chunk_pieces(self.model, layout, self.workload, Place(stage))
         return tuple(self._practised(chunk, layout) for chunk in its)
 
     def _state(self, layout: Layout, stage: int) -> _State:

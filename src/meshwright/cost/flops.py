@@ -25,13 +25,14 @@ def model_flops_per_token(model: Model, seq: int) -> float:
     return 6.0 * multiplying + 12.0 * width * sum(spans)
 
 
-def recomputed_flops(ops: Iterable[Op]) -> float:
-    """Of forward operators that run again, by the same convention: attention counts over the full square."""
+def recomputed_flops(ops: Iterable[Op], fullest_rank: float = 1.0) -> float:
+    """Of forward operators that run again, by the same convention: attention counts over the full square. Of experts' products the
+    mean over ranks: `ops` are those of one that gets `fullest_rank` times it."""
     total = 0.0
     for op in ops:
         for work in op.work if isinstance(op, Under) else (op,):
             if isinstance(work, Gemm):
-                total += work.flops
+                total += work.flops / (fullest_rank if work.name.startswith("moe.experts") else 1.0)
             elif isinstance(work, Attention):
                 span = min(work.window or work.length, work.length)
                 pairs = work.batch * work.heads * work.length * span / work.share

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -54,7 +54,7 @@ class Kernels:
 
     def _gemm(self, op: Gemm) -> float:
         if self._is_looped(op):
-            return op.groups * self.gemm(self._of_one(op))
+            return sum(count * self.gemm(one) for count, one in self._each(op))
         products = self._products(op)
         moved = self._size * (op.m * op.k + op.groups * op.k * op.n + op.m * op.n) / self.memory_bandwidth
         if self._measured_matmul and products == self._kept:
@@ -69,9 +69,13 @@ class Kernels:
     def _is_looped(self, op: Gemm) -> bool:
         return op.groups > 1 and not self.practice.grouped_products and op.name.startswith("moe.experts")
 
-    def _of_one(self, op: Gemm) -> Gemm:
-        """The product of one expert."""
-        return replace(op, m=-(-op.m // op.groups), groups=1)
+    def _each(self, op: Gemm) -> Iterator[tuple[int, Gemm]]:
+        """The products of experts one by one, alike ones together."""
+        if op.largest:
+            yield 1, replace(op, m=op.largest, groups=1, largest=0)
+        alike = op.groups - (op.largest > 0)
+        if op.m > op.largest:
+            yield alike, replace(op, m=-(-(op.m - op.largest) // alike), groups=1, largest=0)
 
     @cached_property
     def _size(self) -> int:

@@ -10,13 +10,15 @@ CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """(m x k) by (k x n); with `groups`, that many products of m / groups rows each, of which each has its own matrix."""
+    """(m x k) by (k x n); with `groups`, that many products of m / groups rows each, of which each has its own matrix; or, of m rows in
+    all, one of `largest` rows beside others that share the rest."""
 
     name: str
     m: int
     n: int
     k: int
     groups: int = 1
+    largest: int = 0
 
     @property
     def is_weight_gradient(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import ceil
 
 from meshwright.cost.ops import Attention, Collective, CollectiveOp, Elementwise, Gemm, Op, Piece, Under
 from meshwright.spec.context import kv_copies
@@ -43,6 +44,8 @@ class Shapes:
     model: Model
     layout: Layout
     seq: int
+    imbalance: float = 1.0
+    """Rows of the fullest expert over the mean."""
     T: int = field(init=False)
     t: int = field(init=False)
     u: int = field(init=False)
@@ -189,9 +192,11 @@ def whole_linear(s: Shapes, name: str, tokens: int, inner: int, width: int) -> P
 
 
 @lru_cache(maxsize=512)
-def layer_piece(model: Model, layout: Layout, seq: int, window: int | None, moe: bool = False) -> Piece:
-    """One transformer layer on one rank."""
-    s = Shapes(model, layout, seq)
+def layer_piece(
+    model: Model, layout: Layout, seq: int, window: int | None, moe: bool = False, imbalance: float = 1.0
+) -> Piece:
+    """One transformer layer on one rank; with experts, on the one that holds the fullest, which gets `imbalance` times the mean."""
+    s = Shapes(model, layout, seq, imbalance)
     return _layer(s, attention_core(s, window), moe)
 
 
@@ -433,35 +438,47 @@ def expert_outputs(s: Shapes, experts: Experts) -> Part:
 
 
 def routed(s: Shapes, experts: Experts) -> Part:
-    """Router, dispatch, the experts' products on balanced rows, combine. Of the layout it sees u, ep and etp only."""
+    """Router, dispatch, the experts' products, combine. Of the layout it sees u, ep and etp only.
+
+    A rank sends `rows` and gets `here`. This is the one with the fullest expert, whose others get the mean; where it has all of them, they
+    share the rest.
+    """
     model, layout, D = s.model, s.layout, s.model.hidden
     ranks = layout.ep * layout.etp
     rows, held, ffn = s.u * experts.top_k * layout.etp, experts.count // layout.ep, experts.ffn // layout.etp
+    fullest = ceil(rows // held * s.imbalance) if s.imbalance > 1 else 0
+    here = rows if layout.ep == 1 or not fullest else rows - rows // held + fullest
 
     def all_to_all(nbytes: int) -> list[Collective]:
         return [Collective("ep", "all_to_all", ranks, 1, nbytes)] if ranks > 1 else []
 
-    travel = all_to_all(rows * D * s.q)
+    travel = all_to_all(here * D * s.q)
     parts = ("gate", "up") if model.gated else ("up",)
     router = whole_linear(s, "moe.router", s.u, D, experts.count)
-    up = [Gemm(f"moe.experts.{part}", rows, ffn, D, held) for part in parts]
-    down = Gemm("moe.experts.down", rows, D, ffn, held)
-    hidden = activation(s, ffn * rows)
+    up = [Gemm(f"moe.experts.{part}", here, ffn, D, held, fullest) for part in parts]
+    down = Gemm("moe.experts.down", here, D, ffn, held, fullest)
+    hidden = activation(s, ffn * here)
     permute = Elementwise("permute", 4 * rows * D * s.q)
-    up_back = [back for part in parts for back in _grouped_backward(f"moe.experts.{part}", rows, ffn, D, held)]
-    down_back = _grouped_backward("moe.experts.down", rows, D, ffn, held)
+    up_back = [back for part in parts for back in _grouped_backward(f"moe.experts.{part}", here, ffn, D, held, fullest)]
+    down_back = _grouped_backward("moe.experts.down", here, D, ffn, held, fullest)
     forward = (
         *router.forward, *all_to_all(experts.count * layout.etp * 8), permute, *travel, *up, *hidden.forward, down, *travel, permute,
     )  # fmt: skip
     backward = (
         permute, *travel, *hidden.recomputed, *down_back, *hidden.backward, *up_back, *travel, permute, *router.backward,
     )  # fmt: skip
-    biased = (len(parts) + 1) * rows * 8 if experts.bias else 0  # the expert of each row, for each product
-    saved = hidden.saved + 2 * rows * D * s.q + biased + _routing_saved(s, experts)
+    biased = (len(parts) + 1) * here * 8 if experts.bias else 0  # the expert of each row, for each product
+    saved = hidden.saved + (here + rows) * D * s.q + biased + _routing_saved(s, experts)
     # Outputs, while they are weighed: as they are, and added up over the ranks that share an expert.
     exact = (rows + rows // layout.etp) * D * s.exact if s.q < s.exact else 0
-    arrived = 2 * rows * D * s.q if ranks > 1 else 0  # rows that came, on either way, until the forward is over
+    arrived = (here + rows) * D * s.q if ranks > 1 else 0  # rows that came, on either way, until the forward is over
     return Part(forward, backward, saved, hidden.recomputed, max(hidden.working, exact, s.product_bytes(D, ffn)), arrived)
+
+
+def fullest_rank(experts: Experts, layout: Layout, imbalance: float) -> float:
+    """Rows of the rank with the fullest expert over the mean of ranks."""
+    held = experts.count // layout.ep
+    return 1.0 if layout.ep == 1 else (held - 1 + imbalance) / held
 
 
 def _routing_saved(s: Shapes, experts: Experts) -> int:
@@ -475,12 +492,13 @@ def _routing_saved(s: Shapes, experts: Experts) -> int:
     return s.u * experts.count * s.exact + weights + orders + copies
 
 
-def _grouped_backward(name: str, rows: int, width: int, inner: int, groups: int) -> tuple[Gemm, ...]:
-    """Of weights' gradients those of the experts that get one row more stand apart, where the rows do not divide."""
-    each, more = divmod(rows, groups)
-    shares = ((groups - more, each), (more, each + 1))
+def _grouped_backward(name: str, rows: int, width: int, inner: int, groups: int, fullest: int) -> tuple[Gemm, ...]:
+    """Of weights' gradients those of the experts that get one row more stand apart, where the rows do not divide; so does the fullest."""
+    alike = groups - (fullest > 0)
+    each, more = divmod(rows - fullest, alike) if alike else (0, 0)
+    shares = ((alike - more, each), (more, each + 1), (1, fullest))
     weights = (Gemm(f"{name} dw", width * count, inner, share, count) for count, share in shares if count and share)
-    return Gemm(f"{name} dx", rows, inner, width, groups), *weights
+    return Gemm(f"{name} dx", rows, inner, width, groups, fullest), *weights
 
 
 @lru_cache(maxsize=512)

@@ -78,7 +78,7 @@ def rank_program(model: Model, layout: Layout, workload: Workload, place: Place)
     chunks = stage_chunks(model.layers, layout)[place.stage]
     brought = _brought(layout, buckets, model.tied, chunks)
     return Program(
-        chunks=chunk_pieces(model, layout, workload.seq, place),
+        chunks=chunk_pieces(model, layout, workload, place),
         boundary=boundary(model, layout, workload.seq, place.stage),
         brought=brought,
         gathers=(_gathers(layout, brought[0]), _gathers(layout, brought[1])),
@@ -100,13 +100,14 @@ def _data_bytes(model: Model, layout: Layout, workload: Workload) -> int:
     return ids + 2 * workload.seq * turned * StateBytes.of(layout).compute
 
 
-def chunk_pieces(model: Model, layout: Layout, seq: int, place: Place) -> tuple[Pieces, ...]:
+def chunk_pieces(model: Model, layout: Layout, workload: Workload, place: Place) -> tuple[Pieces, ...]:
     """The pieces of each chunk of a stage."""
     local = _local(layout)
-    return tuple(_pieces(model, local, seq, place, chunk) for chunk in stage_chunks(model.layers, layout)[place.stage])
+    return tuple(_pieces(model, local, workload, place, chunk) for chunk in stage_chunks(model.layers, layout)[place.stage])
 
 
-def _pieces(model: Model, local: Layout, seq: int, place: Place, chunk: Chunk) -> Pieces:
+def _pieces(model: Model, local: Layout, workload: Workload, place: Place, chunk: Chunk) -> Pieces:
+    seq, imbalance = workload.seq, workload.expert_imbalance
     again = kept = local
     first = len(chunk.layers)
     if local.recompute_layers is not None:
@@ -115,7 +116,8 @@ def _pieces(model: Model, local: Layout, seq: int, place: Place, chunk: Chunk) -
         kept = replace(again, recompute="none", recompute_parts=("core",))
     kinds = [(at < first, model.window(i), model.is_moe(i)) for at, i in enumerate(chunk.layers)]
     pieces = [
-        (layer_piece(model, again if kind[0] else kept, seq, *kind[1:]), kinds.count(kind)) for kind in dict.fromkeys(kinds)
+        (layer_piece(model, again if kind[0] else kept, seq, *kind[1:], imbalance), kinds.count(kind))
+        for kind in dict.fromkeys(kinds)
     ]
     if chunk.first:
         pieces.insert(0, (embedding_piece(model, local, seq), 1))

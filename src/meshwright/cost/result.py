@@ -71,6 +71,7 @@ class Estimate:
             "cluster": self.cluster,
             "seq": self.workload.seq,
             "global_batch": self.workload.global_batch,
+            "expert_imbalance": self.workload.expert_imbalance,
             "micro_batches": micro_batches(self.layout, self.workload),
             "step_time_s": self.step_time_s,
             "tokens_per_s": self.tokens_per_s,

@@ -16,19 +16,20 @@ SUM_BYTES = 8
 
 def product_seconds(op: Gemm, rate: float, processors: int, memory_rate: float, constants: KernelConstants) -> float:
     """Of the quickest tiling. `rate`: FLOP/s of a product that fills all `processors`; `memory_rate`: bytes/s."""
-    groups = min(op.m, op.groups)  # with fewer rows than groups, the others have nothing to do
-    m, n, k = op.m // groups, op.n, op.k
+    groups, m, n, k = op.groups, op.m - op.largest, op.n, op.k
+    alike = min(m, groups - (op.largest > 0))  # with fewer rows than groups, the others have nothing to do
+    each = m // alike if alike else 0
     fill, least, best = constants.tile_fill, constants.least_split, float("inf")
     for rows, columns, share in constants.tiles:
-        tiles = groups * -(-m // rows) * -(-n // columns)
-        each = 2.0 * rows * columns * processors / (rate * share)
-        seconds = -(-tiles // processors) * each * (k + fill)
+        tiles = (alike * -(-each // rows) - (-op.largest // rows)) * -(-n // columns)
+        one = 2.0 * rows * columns * processors / (rate * share)
+        seconds = -(-tiles // processors) * one * (k + fill)
         if seconds < best:
             best = seconds
         # Into no more parts than keep every processor busy twice.
         cut = 2
         while tiles * cut <= 2 * processors:
-            summed = cut * groups * m * n * SUM_BYTES / memory_rate
-            best = min(best, -(-tiles * cut // processors) * each * (max(k / cut, least) + fill) + summed)
+            summed = cut * (alike * each + op.largest) * n * SUM_BYTES / memory_rate
+            best = min(best, -(-tiles * cut // processors) * one * (max(k / cut, least) + fill) + summed)
             cut *= 2
     return best

@@ -78,7 +78,7 @@ def sensitivity(problem: Problem) -> list[Variation]:
         more = cluster.model_copy(update={"node": node.model_copy(update={"nics": node.nics + 1})})
         richer = replace(problem, cluster=more)
         out.append(Variation(f"{node.nics + 1} NICs a node instead of {node.nics}", problem.gpus, richer.best()))
-    twice = replace(problem, workload=Workload(work.seq, 2 * work.global_batch))
+    twice = replace(problem, workload=replace(work, global_batch=2 * work.global_batch))
     out.append(Variation(f"global batch {2 * work.global_batch}", problem.gpus, twice.best()))
     if problem.gpus > 1:
         half = problem.gpus // 2

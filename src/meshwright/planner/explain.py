@@ -144,7 +144,9 @@ def _why_sends(axis: str, estimate: Estimate, best: Estimate) -> str:
     its = max((c for c in best.collectives if c.axis == axis and c.op == slow.op), key=lambda c: c.exposed_s, default=None)
     what = f"{slow.op} over {slow.group_size} ranks, {slow.link}"
     leaves = ": it leaves the scale-up domain" if its and (its.link, slow.link) == ("scale-up", "network") else ""
-    if its is None or its.time_s < slow.time_s * MATTERS:  # nothing to compare with, such as the sum of a norm
+    if (
+        its is None or min(its.time_s / slow.time_s, its.bytes / slow.bytes) < MATTERS
+    ):  # nothing to compare with, such as the sum of a norm
         return f"{leaves} ({what})"
     more = slow.bytes / its.bytes
     dearer = slow.time_s / slow.bytes / (its.time_s / its.bytes)

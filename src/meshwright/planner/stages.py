@@ -95,14 +95,14 @@ class _Cut:
 
 def _layer_seconds(estimator: Estimator, layout: Layout) -> tuple[list[float], float, float]:
     """Forward and backward of each layer, of the embedding and of the head, for one micro-batch."""
-    model, seq = estimator.model, estimator.workload.seq
+    model, seq, imbalance = estimator.model, estimator.workload.seq, estimator.workload.expert_imbalance
 
     def seconds(piece: Piece) -> float:
         d = estimator.durations(((piece, 1),), layout, shared=False)
         return d.forward + d.backward
 
     kinds = [(model.window(i), model.is_moe(i)) for i in range(model.layers)]
-    each = {kind: seconds(layer_piece(model, layout, seq, *kind)) for kind in set(kinds)}
+    each = {kind: seconds(layer_piece(model, layout, seq, *kind, imbalance)) for kind in set(kinds)}
     return (
         [each[kind] for kind in kinds],
         seconds(embedding_piece(model, layout, seq)),

@@ -244,7 +244,7 @@ def _experts(
 
     def each(u: int, expert: int) -> Floats:
         layout = Local(1, False, 1, 1, 1, "none").layout(space.gpus, space.precision, *space.experts[expert])
-        part = routed(Shapes(model, layout, u), shape)
+        part = routed(Shapes(model, layout, u, space.workload.expert_imbalance), shape)
         # Where nothing comes after it that must run again, neither must the last of it.
         return _part_figures(estimator, part, layout, part.forward if shape.shared_ffn else part.forward[:-1])
 

@@ -27,6 +27,7 @@ def _headline(e: Estimate) -> RenderableType:
     rows = [
         ("step", f"{seconds(e.step_time_s)} for {e.workload.global_batch} sequences of {e.workload.seq} tokens"),
         ("error bar", _bar(e)),
+        *_uneven(e),
         (
             "throughput",
             f"{e.tokens_per_s:,.0f} tokens/s, {e.tokens_per_s / e.layout.world:,.0f} a GPU, {count(e.tokens_per_s * 86_400)} tokens a day",
@@ -45,6 +46,12 @@ def _headline(e: Estimate) -> RenderableType:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _uneven(e: Estimate) -> list[tuple[str, str]]:
+    if (given := e.workload.expert_imbalance) == 1.0:
+        return []
+    return [("experts", f"of the rank whose fullest expert gets {given:g} times the mean")]
 
 
 def _bar(e: Estimate) -> str:

@@ -19,6 +19,7 @@ def check_layout(layout: Layout, model: Model, workload: Workload) -> None:
     """Raise UserError for the first thing that does not divide."""
     _check_tensor_parallel(layout, model, workload)
     _check_experts(layout, model, workload)
+    _check_imbalance(model, workload)
     check_context(layout, model, workload.seq)
     if layout.recompute == "selective" and "core" in layout.recompute_parts and layout.cp_ring > 1:
         given = "ac:" + ("selective" if layout.recompute_parts == ("core",) else "+".join(layout.recompute_parts))
@@ -52,6 +53,20 @@ def check_layout(layout: Layout, model: Model, workload: Workload) -> None:
         )
     if model.rope is None and workload.seq > model.max_positions:
         raise UserError(f"{model.name} has {model.max_positions} learned positions, fewer than seq {workload.seq}")
+
+
+def _check_imbalance(model: Model, workload: Workload) -> None:
+    given = workload.expert_imbalance
+    if given == 1.0:
+        return
+    if model.experts is None:
+        raise UserError(f"{model.name} has no experts: leave the expert imbalance of {given:g} out")
+    most = model.experts.count / model.experts.top_k
+    if given > most:
+        raise UserError(
+            f"expert imbalance {given:g}: one of the {model.experts.count} experts of {model.name} gets at most all tokens, which is "
+            f"{most:g} times the mean where each visits {model.experts.top_k}"
+        )
 
 
 def check_world(layout: Layout, ranks: int) -> None:

@@ -91,7 +91,7 @@ def small_products(case: Case) -> Seen | None:
 def _seconds_per_row(case: Case, layout: Layout) -> float:
     """Seconds of the products of a layer forward, over the sequences of a micro-batch."""
     moe = case.model.experts is not None
-    piece = layer_piece(case.model, layout, case.workload.seq, None, moe)
+    piece = layer_piece(case.model, layout, case.workload.seq, None, moe, case.workload.expert_imbalance)
     kernels = case.estimator().kernels(layout, shared=True)
     products = [g for op in piece.forward for g in (op.work if isinstance(op, Under) else (op,)) if isinstance(g, Gemm)]
     return sum(kernels.gemm(g) for g in products) / layout.micro_batch
