@@ -618,8 +618,22 @@ def test_a_large_all_reduce_by_hand() -> None:
     assert t.seconds(four) == pytest.approx((2 * 3 / 4 + 0.49 / 4) * 1e10 / inside, rel=0.01)
     assert t.seconds(Collective("dp", "all_reduce", 16, 8, 10**10)) == pytest.approx(2 * 15 / 16 * 1e10 / 48.5e9, rel=0.01)
     assert t.seconds(Collective("dp", "all_gather", 16, 8, 10**10)) == pytest.approx(15 / 16 * 1e10 / 48.5e9, rel=0.01)
-    # Eight members in a node share its eight NICs, and the scale-up links are the narrower.
-    assert t.seconds(Collective("dp", "all_reduce", 64, 1, 10**10)) == pytest.approx(2 * 63 / 64 * 1e10 / 370.8e9, rel=0.04)
+    # Eight members in a node share its eight NICs: of a ring the scale-up links are the narrower, of a sum in each node's switch those.
+    assert t.seconds(Collective("dp", "all_gather", 64, 1, 10**10)) == pytest.approx(63 / 64 * 1e10 / 370.8e9, rel=0.04)
+    assert t.seconds(Collective("dp", "all_reduce", 64, 1, 10**10)) == pytest.approx(
+        2 * 63 / 64 * 1e10 / (8 * 48.5e9), rel=0.01
+    )
+    # Two nodes only exchange, so that the switches are the narrower.
+    two = Collective("dp", "all_reduce", 16, 1, 10**10)
+    assert t.seconds(two) == pytest.approx(2 * 15 / 16 * 1e10 / (1.3 * 370.8e9), rel=0.01)
+    # Of few bytes over many nodes, a tree waits for their logarithm and PAT for less than a ring's steps.
+    for op, way in (("all_reduce", "tree"), ("all_gather", "pat")):
+        small = Collective("dp", op, 512, 8, 2**20)  # type: ignore[arg-type]
+        assert t.algorithm(small) == way
+        assert t.algorithm(replace(small, bytes=2**36)) == "ring"
+    assert t.seconds(Collective("dp", "all_reduce", 512, 8, 2**20)) == pytest.approx(
+        14e-6 + 2 * 9 * 8.5e-6 + 2 * 2**20 / (0.78 * 48.5e9), rel=0.01
+    )
 
 
 def test_a_pair_on_a_mesh_has_one_link_and_no_call_is_quicker_than_its_floor() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from meshwright import api
 from meshwright.cli.main import main
+from meshwright.cost.collectives import Algorithm
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.fabric.flows import load_collective
 from meshwright.cost.fabric.graph import graphml, loaded_graph
@@ -141,9 +142,9 @@ def test_a_lost_nic_is_replaced_by_the_next_rail() -> None:
 # --- algorithms, by hand
 
 
-def collective(op: str, world: int, given: Cluster, in_switch: bool = False) -> Loads:
+def collective(op: str, world: int, given: Cluster, algorithm: Algorithm = "ring") -> Loads:
     router = Router(place(given, Layout(dp=world)))
-    return load_collective(router, op, in_switch, np.arange(world)[None, :], 120.0)
+    return load_collective(router, op, algorithm, np.arange(world)[None, :], 120.0)
 
 
 def test_ring_over_two_nodes_shares_the_nics() -> None:
@@ -169,7 +170,17 @@ def test_all_gather_inside_a_node_and_a_sum_in_its_switch() -> None:
     """All-gather of 120 bytes over 4 ranks: 3/4 x 120 on every link. Summed in the switch: 120 x (1 + 1/4) each way."""
     one = cluster(per_node=4)
     assert collective("all_gather", 4, one).of["scale-up"].tolist() == [[90] * 4] * 2
-    assert collective("all_reduce", 4, one, in_switch=True).of["scale-up"].tolist() == [[150] * 4] * 2
+    assert collective("all_reduce", 4, one, "in-switch").of["scale-up"].tolist() == [[150] * 4] * 2
+
+
+def test_a_tree_over_nodes_sends_each_ranks_part_along_its_rail() -> None:
+    """Two nodes of two: each rank exchanges its half of 120 bytes with its like, 60 each way; inside, all 120 up and down a chain of two
+    (2 x 1/2 x 120), or summed in the switch, 120 x (1 + 1/2). Four nodes of one: 2 x 3/4 x 120 on every NIC."""
+    for algorithm, inside in (("tree", 120), ("switch-tree", 180)):
+        loads = collective("all_reduce", 4, cluster(), algorithm)  # type: ignore[arg-type]
+        assert loads.of["nic"].tolist() == [[60] * 4] * 2
+        assert loads.of["scale-up"].tolist() == [[inside] * 4] * 2
+    assert collective("all_reduce", 4, cluster(per_node=1), "tree").of["nic"].tolist() == [[180] * 4] * 2
 
 
 def test_a_ring_over_uneven_parts_of_domains() -> None:
@@ -231,7 +242,12 @@ def test_accelerators_send_what_the_algorithms_say(given: Cluster, layout: str) 
         n, ranks = sent.kind.group_size, its.layout.world // its.layout.pp * len(sent.stages)
         if sent.kind.axis == "pp" and sent.kind.op == "all_reduce":
             ranks = its.layout.world // its.layout.pp * n
-        each = (1 + 1 / n) if sent.kind.in_switch else (factor[sent.kind.op] * (n - 1) / n if sent.kind.op in factor else 1)
+        each = (1 + 1 / n) if sent.kind.algorithm == "in-switch" else factor.get(sent.kind.op, n / (n - 1)) * (n - 1) / n
+        here = max(1, min(n, its.estimator.cluster.fabric.domain // sent.kind.stride))
+        if "tree" in sent.kind.algorithm and n % here == 0:  # over uneven parts of nodes, the links carry a ring
+            nodes = n // here
+            inside = 0.0 if here == 1 else 1 + 1 / here if sent.kind.algorithm == "switch-tree" else 2 * (here - 1) / here
+            each = 2 * (nodes - 1) / nodes / here + inside
         expected += sent.bytes * each * ranks
     assert its.total.of["scale-up"][0].sum() + its.total.of["nic"][0].sum() == pytest.approx(expected)
 
@@ -276,10 +292,10 @@ def test_pods_of_llama_3() -> None:
 def test_a_large_all_reduce_is_summed_in_the_switch_and_a_small_one_is_not() -> None:
     """Of 134 MB, NVLS is the quicker on eight H100; of a few bytes, a ring of low latency (`cost/collectives.py`)."""
     its = wired(H100, "dp4 tp8 mb1", "llama-3-70b", batch=64, seq=8192)
-    ways = {sent.kind.in_switch: sent.bytes for sent in its.sends if (sent.kind.axis, sent.kind.op) == ("tp", "all_reduce")}
-    assert ways[True] > ways[False]
-    sum_in_switch = next(loads for kind, loads in its.traffic.items() if kind.in_switch)
-    assert sum_in_switch.of["scale-up"].max() == pytest.approx(ways[True] * (1 + 1 / 8))
+    ways = {sent.kind.algorithm: sent.bytes for sent in its.sends if (sent.kind.axis, sent.kind.op) == ("tp", "all_reduce")}
+    assert ways["in-switch"] > ways["ring"]
+    sum_in_switch = next(loads for kind, loads in its.traffic.items() if kind.algorithm == "in-switch")
+    assert sum_in_switch.of["scale-up"].max() == pytest.approx(ways["in-switch"] * (1 + 1 / 8))
 
 
 def test_what_crosses_stages_is_counted_once() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import log2
+from typing import Literal
 
 from meshwright.cost.kernels import interpolate
 from meshwright.cost.ops import Collective
@@ -15,6 +17,8 @@ from meshwright.spec.errors import UserError
 WIRE_FACTOR = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 """Times (n-1)/n of the bytes: what a ring puts through each link (nccl-tests, doc/PERFORMANCE.md)."""
 
+
+Algorithm = Literal["ring", "in-switch", "tree", "switch-tree", "pat"]
 
 Lines = tuple[tuple[float, float], ...]
 """(seconds, seconds a byte) of each way to do a collective."""
@@ -60,12 +64,21 @@ class CollectiveTimes:
         floor = constants.floors.get(c.op, 0.0)
         if c.op == "all_to_all":
             return Curve(self._all_to_all(c), floor)
-        return Curve((*self._rings(c), *self._in_switch(c)), floor)
+        ways = (self._rings, self._in_switch, self._tree, self._switch_tree, self._pat)
+        return Curve(tuple(line for way in ways for line in way(c)), floor)
 
-    def is_summed_in_switch(self, c: Collective) -> bool:
-        """Whether the switches sum it on its way: where that is quicker than a ring."""
-        in_switch = self._in_switch(c)
-        return bool(in_switch) and Curve(in_switch).seconds(c.bytes) < Curve(self._rings(c)).seconds(c.bytes)
+    def algorithm(self, c: Collective) -> Algorithm:
+        """The one that an all-gather, reduce-scatter or all-reduce takes least time by; other operations have none to choose."""
+        if c.op not in WIRE_FACTOR:
+            return "ring"
+        ways: dict[Algorithm, Lines] = {
+            "ring": self._rings(c),
+            "in-switch": self._in_switch(c),
+            "tree": self._tree(c),
+            "switch-tree": self._switch_tree(c),
+            "pat": self._pat(c),
+        }
+        return min((way for way, lines in ways.items() if lines), key=lambda way: Curve(ways[way]).seconds(c.bytes))
 
     def _rings(self, c: Collective) -> Lines:
         protocols = self.constants.link(self.cluster, self.link(c)).protocols
@@ -84,6 +97,41 @@ class CollectiveTimes:
         gain = constants.gain_of(c.group_size)
         base = constants.base_latency * self._latency_share(c)
         return ((base, self._wire(c) / (gain * self._ring_rate(c))),) if gain > 1 else ()
+
+    def _tree(self, c: Collective) -> Lines:
+        """Of an all-reduce over several nodes, whose latency grows with their logarithm: up and down a tree of nodes, in each of which
+        the ranks are a chain."""
+        tree, here, nodes = self.constants.link(self.cluster, self.link(c)).tree, self._members(c), self._nodes(c)
+        if tree is None or c.op != "all_reduce":
+            return ()
+        inside = 2.0 / self._inside_rate(c) if here > 1 else 0.0
+        slope = max(inside, (1.0 if nodes == 2 else 2.0) / self._outside_rate(c))
+        return tuple(
+            (p.base_latency + 2 * ((here - 1) * tree.inside[name] + log2(nodes) * p.hop_latency), slope / p.bandwidth_share)
+            for name, p in tree.protocols.items()
+        )
+
+    def _switch_tree(self, c: Collective) -> Lines:
+        """The same where the ranks of each node are summed by its switches."""
+        links, tree = self.cluster.accelerator.scale_up, self.constants.link(self.cluster, self.link(c)).switch_tree
+        summed, here = self.constants.scale_up[links.kind].in_switch, self._members(c)
+        if tree is None or summed is None or c.op != "all_reduce" or not links.sums_in_switch or here == 1:
+            return ()
+        latency = tree.base_latency + 2 * log2(self._nodes(c)) * tree.hop_latency
+        across = 1.0 if self._nodes(c) == 2 else 2 * (c.group_size - 1) / c.group_size
+        inside = self._wire(c) / (summed.gain_of(here) * self._inside_rate(c))
+        return ((latency, max(inside, across / self._outside_rate(c))),)
+
+    def _nodes(self, c: Collective) -> int:
+        return -(-c.group_size // self._members(c))
+
+    def _pat(self, c: Collective) -> Lines:
+        """Of an all-gather or reduce-scatter of ranks that are alone in their nodes."""
+        pat = self.constants.link(self.cluster, self.link(c)).pat
+        if pat is None or c.op not in ("all_gather", "reduce_scatter") or self._members(c) > 1:
+            return ()
+        latency = pat.base_latency + log2(c.group_size) * pat.hop_latency + c.group_size * pat.rank_latency
+        return ((latency, 1 / (pat.bandwidth_share * self._outside_rate(c))),)
 
     def _protocols(self, c: Collective, protocols: Mapping[str, RingProtocol], steps: float, slope: float) -> Lines:
         """Of each protocol: its steps in turn, each at the latency of the link, and the bytes at their share of the rate."""
@@ -147,21 +195,24 @@ class CollectiveTimes:
         Across nodes the ring enters and leaves a node over the NICs of all its members there, at most as fast as the
         scale-up links carry it on (fabric.md 1.1). What leaves share beyond the NICs is priced by `cost/fabric`.
         """
-        links, constants = (
-            self.cluster.accelerator.scale_up,
-            self.constants.scale_up[self.cluster.accelerator.scale_up.kind],
-        )
-        inside = links.effective_bandwidth or constants.plateau_share * links.bandwidth
-        if (
-            links.topology == "mesh" and links.pair_bandwidth
-        ):  # a ring within part of a mesh has only the links to its members
-            inside = min(inside, constants.p2p_share * links.pair_bandwidth * (self._members(c) - 1))
         if self.link(c) == "scale-up":
-            return inside
-        outside = (
-            self.constants.network.plateau_share * self._line_rate(c) * (1 if self._is_single(c) else self._members(c))
-        )
-        return min(inside, outside) if self._members(c) > 1 else outside
+            return self._inside_rate(c)
+        return min(self._inside_rate(c), self._outside_rate(c)) if self._members(c) > 1 else self._outside_rate(c)
+
+    def _inside_rate(self, c: Collective) -> float:
+        """Of the group's ranks of one domain."""
+        links = self.cluster.accelerator.scale_up
+        constants = self.constants.scale_up[links.kind]
+        inside = links.effective_bandwidth or constants.plateau_share * links.bandwidth
+        if links.topology == "mesh" and links.pair_bandwidth:
+            # A ring within part of a mesh has only the links to its members.
+            return min(inside, constants.p2p_share * links.pair_bandwidth * (self._members(c) - 1))
+        return inside
+
+    def _outside_rate(self, c: Collective) -> float:
+        """Of the NICs of the group's ranks of one domain."""
+        ports = 1 if self._is_single(c) else self._members(c)
+        return self.constants.network.plateau_share * self._line_rate(c) * ports
 
     def _is_single(self, c: Collective) -> bool:
         return self.single_ring and c.axis in ("dp", "edp")

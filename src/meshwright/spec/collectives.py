@@ -5,6 +5,11 @@ They are meant for this alpha-beta model (NCCL v2.30.7 src/graph/tuning.cc; fact
     ring collective    max(floor, min over protocols of base + hops * hop + (bytes * factor + own copy) / (bandwidth_share * rate))
     all-to-all         the same with `exchange` and n - 1 hops; without it, bytes over the plateau
     summed in switch   base + (bytes * factor + own copy) / (gain * rate), for all-reduce where it is less
+    tree over nodes    all-reduce where it is less: base + 2 ((g - 1) inside + log2(N) hop) + bytes * 2 / (bandwidth_share * rate) for
+                       N nodes with g ranks each; two nodes only exchange, so that their NICs carry half as much
+    the same, summed   base + 2 log2(N) hop + bytes * factor / rate, the nodes' own part at the rate of their switches
+    PAT                all-gather and reduce-scatter of groups with one rank a node, where it is less:
+                       base + log2(N) hop + n rank + bytes / (bandwidth_share * rate)
     point to point     p2p_latency + bytes / (p2p_share * pair rate)
 
 hops: 2 (n - 1) for all-reduce, n - 1 for all-gather and reduce-scatter, each at the latency of the link it crosses.
@@ -53,6 +58,31 @@ class InSwitch(_Frozen):
         return max((gain for least, gain in self.gain.items() if least <= ranks), default=1.0)
 
 
+class Tree(_Frozen):
+    """All-reduce up and down a double binary tree of nodes, in a chain inside each."""
+
+    protocols: dict[str, RingProtocol] = Field(min_length=1)
+    inside: dict[str, Seconds]
+    """Of each hop inside a node, by protocol."""
+
+
+class SwitchTree(_Frozen):
+    """The same where the switches of a node sum for its ranks (NVLSTree)."""
+
+    base_latency: Seconds
+    hop_latency: Seconds
+
+
+class Pat(_Frozen):
+    """All-gather and reduce-scatter in a logarithmic number of steps (arXiv 2506.20252)."""
+
+    base_latency: Seconds
+    hop_latency: Seconds
+    rank_latency: Seconds
+    """Of each rank: what is still linear in it."""
+    bandwidth_share: Share
+
+
 class LinkConstants(_Frozen):
     protocols: dict[str, RingProtocol] = Field(min_length=1)
     exchange: dict[str, RingProtocol] = Field(default_factory=dict)
@@ -61,6 +91,10 @@ class LinkConstants(_Frozen):
     """Of the ring's rate over that of a rank's copy of its own part from input to output, which takes time too."""
     in_switch: InSwitch | None = None
     """Where the switches can sum (`ScaleUp.sums_in_switch`)."""
+    tree: Tree | None = None
+    switch_tree: SwitchTree | None = None
+    pat: Pat | None = None
+    """These three of links between nodes."""
     floors: dict[CollectiveOp, Seconds]
     """Measured seconds of the smallest message; no call is quicker. Absent: none was measured."""
     p2p_latency: Seconds

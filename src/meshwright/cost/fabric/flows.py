@@ -2,6 +2,8 @@
 
     ring            every rank to the next: 2 (n-1)/n of the bytes for all-reduce, (n-1)/n for all-gather and reduce-scatter
     summed in switch every rank out and in 1 + 1/n of the bytes: read for the sum, and the sum of its part to all (NVLS)
+    tree             2 (N-1)/N of a rank's part of the bytes to its like in another of N domains; in each, all bytes up and down a
+                     chain of its g ranks, or summed in the switch. PAT sends what a ring does
     pairwise        every rank to every other, 1/n of the bytes: all-to-all
     send            every rank to the next of its ring (context parallel, async tensor parallel)
 
@@ -14,12 +16,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from meshwright.cost.collectives import WIRE_FACTOR
+from meshwright.cost.collectives import WIRE_FACTOR, Algorithm
 from meshwright.cost.fabric.routes import Loads, Router
 from meshwright.spec.groups import Ranks
 
 
-def load_collective(router: Router, op: str, in_switch: bool, groups: Ranks, nbytes: float) -> Loads:
+def load_collective(router: Router, op: str, algorithm: Algorithm, groups: Ranks, nbytes: float) -> Loads:
     """What one call of `op` with `nbytes`, in each row of `groups` at once, puts on the links."""
     loads, n = Loads(router.placement), groups.shape[1]
     if n == 1:
@@ -29,16 +31,40 @@ def load_collective(router: Router, op: str, in_switch: bool, groups: Ranks, nby
     elif op == "all_to_all":
         for shift in range(1, n):
             router.route(loads, groups, np.roll(groups, -shift, axis=1), nbytes / n)
-    elif in_switch:
-        slots = router.placement.slot[groups.ravel()]
-        for direction in (0, 1):
-            loads.put("scale-up", direction, slots, nbytes * (1 + 1 / n))
+    elif algorithm == "in-switch":
+        _put_inside(router, loads, groups, nbytes * (1 + 1 / n))
+    elif algorithm in ("tree", "switch-tree") and (rails := _rails(groups, router.placement.domain)) is not None:
+        nodes, here = rails.shape[1], n // rails.shape[1]
+        router.route(loads, rails, np.roll(rails, -1, axis=1), 2 * (nodes - 1) / nodes * nbytes / here)
+        if here > 1:
+            _put_inside(
+                router, loads, groups, nbytes * (1 + 1 / here if algorithm == "switch-tree" else 2 * (here - 1) / here)
+            )
     else:
         each = nbytes * WIRE_FACTOR[op] * (n - 1) / n
         channels = list(_channels(groups, router.placement.domain))
         for ring in channels:
             router.route(loads, ring, np.roll(ring, -1, axis=1), each / len(channels))
     return loads
+
+
+def _put_inside(router: Router, loads: Loads, groups: Ranks, nbytes: float) -> None:
+    """Out of every rank and into it, over the links of its domain."""
+    slots = router.placement.slot[groups.ravel()]
+    for direction in (0, 1):
+        loads.put("scale-up", direction, slots, nbytes)
+
+
+def _rails(groups: Ranks, domain: Ranks) -> Ranks | None:
+    """The members at the same place of each domain, as groups of their own; None where domains do not hold equally many."""
+    here = int((domain[groups[0]] == domain[groups[0, 0]]).sum())
+    if groups.shape[1] % here:
+        return None
+    by_domain = groups.reshape(len(groups), -1, here)
+    its = domain[by_domain]
+    if (its != its[:, :, :1]).any() or (np.diff(its[:, :, 0], axis=1) == 0).any():
+        return None
+    return by_domain.transpose(0, 2, 1).reshape(-1, by_domain.shape[1])
 
 
 def _channels(groups: Ranks, domain: Ranks) -> Iterator[Ranks]:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from meshwright.cost.collectives import CollectiveTimes
+from meshwright.cost.collectives import Algorithm, CollectiveTimes
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.fabric.flows import load_collective
 from meshwright.cost.fabric.routes import Loads, Router
@@ -29,7 +29,7 @@ class Kind:
     op: str
     group_size: int
     stride: int
-    in_switch: bool = False
+    algorithm: Algorithm = "ring"
 
     def covers(self, c: Collective) -> bool:
         return (self.axis, self.op, self.group_size, self.stride) == (c.axis, c.op, c.group_size, c.stride)
@@ -65,7 +65,7 @@ def step_sends(estimator: Estimator, layout: Layout) -> tuple[Sends, ...]:
             # What crosses stages is the same call on each of them: the first stage stands for all.
             if c.axis == "pp" and c.op != "send" and stage > 0:
                 continue
-            kind = Kind(c.axis, c.op, c.group_size, c.stride, times.is_summed_in_switch(c))
+            kind = Kind(c.axis, c.op, c.group_size, c.stride, times.algorithm(c))
             nbytes, seconds = totals.get(kind, (0, 0.0))
             totals[kind] = nbytes + calls * c.bytes, seconds + calls * transfer_seconds(times, c)
         for kind, total in totals.items():
@@ -86,7 +86,7 @@ def step_traffic(sends: tuple[Sends, ...], model: Model, layout: Layout, router:
         if sent.kind.axis == "pp" and sent.kind.op == "send":
             loads.add(_boundary_loads(sent, model, layout, router))
         else:
-            loads.add(load_collective(router, sent.kind.op, sent.kind.in_switch, _groups(sent, layout), float(sent.bytes)))
+            loads.add(load_collective(router, sent.kind.op, sent.kind.algorithm, _groups(sent, layout), float(sent.bytes)))
     return out
 
 
