@@ -396,6 +396,32 @@ def test_a_router_cannot_be_less_even_than_there_are_experts(model: str, given: 
             Workload(1024, 8, wrong)
 
 
+@pytest.mark.parametrize("text", ["dp4:zero3 tp2:sp mb1", "dp2:zero3 tp2:sp cp2:ulysses mb1", "dp4:zero3 tp2:sp ep4 mb1"])
+@pytest.mark.parametrize("slower", [1, 8, 64])
+def test_a_link_does_one_thing_at_a_time(text: str, slower: int) -> None:
+    """What ZeRO-3 gathers in a pass shares NVLink with what tensor, context and expert parallel send there: a pass lasts no less than
+    both; over links so slow that nothing else lasts, exactly as long."""
+    cluster, layout = load_cluster("h100-superpod"), parse_layout(text)
+    links = cluster.accelerator.scale_up
+    its = {
+        name: rate / slower
+        for name in ("bandwidth", "pair_bandwidth", "effective_bandwidth")
+        if (rate := getattr(links, name)) is not None
+    }
+    accelerator = cluster.accelerator.model_copy(update={"scale_up": links.model_copy(update=its)})
+    cluster = cluster.model_copy(update={"accelerator": accelerator})
+    estimator = Estimator(load_model("mixtral-8x7b"), cluster, Workload(4096, 8))
+    program = estimator.programs(layout)[0]
+    alone = estimator.durations(program.pieces, layout, shared=False)
+    passing = estimator._passing(alone, estimator._passes(program, layout))
+    carried = estimator.pieces.on_links(program.gathers[0]).and_(alone.forward_links)
+    assert carried.network == 0
+    assert passing.forward >= carried.scale_up * (1 - 1e-9)
+    if slower == 64:
+        assert passing.forward == pytest.approx(carried.scale_up, rel=0.15)
+        assert passing.forward > alone.forward
+
+
 def test_a_split_backward_hands_on_inputs_and_output_gradients_alone() -> None:
     """Not what was saved; with full recompute that is more than the layers' inputs, which is all that was."""
     for mode, less in (("", True), ("ac:full", False)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +30,29 @@ class Durations:
     forward_experts: float = 0.0
     """The part of the forward in which tokens travel to or from experts."""
     backward_experts: float = 0.0
+    forward_scale_up: float = 0.0
+    """Of communication on the links of a domain in the forward, hidden or not; so, too, the next three."""
+    forward_network: float = 0.0
+    backward_scale_up: float = 0.0
+    backward_network: float = 0.0
+
+    @property
+    def forward_links(self) -> OnLinks:
+        return OnLinks(self.forward_scale_up, self.forward_network)
+
+    @property
+    def backward_links(self) -> OnLinks:
+        return OnLinks(self.backward_scale_up, self.backward_network)
+
+
+class OnLinks(NamedTuple):
+    """Seconds of communication by the links that it takes."""
+
+    scale_up: float = 0.0
+    network: float = 0.0
+
+    def and_(self, other: OnLinks) -> OnLinks:
+        return OnLinks(self.scale_up + other.scale_up, self.network + other.network)
 
 
 class _Run(NamedTuple):
@@ -42,6 +65,7 @@ class _Run(NamedTuple):
     """Of the products that make weight gradients."""
     experts: float
     """In which tokens travel to or from experts."""
+    links: OnLinks
 
     @property
     def whole(self) -> float:
@@ -55,6 +79,7 @@ class PieceTimes:
         self.cluster, self.practice, self.constants, self.times = cluster, practice, constants, times
         self._seconds: dict[tuple[int, bool], tuple[Piece, Durations]] = {}
         self._kernels: dict[tuple[str, int], Kernels] = {}
+        self._inside: dict[tuple[int, int], bool] = {}
 
     def durations(self, pieces: Pieces, layout: Layout, *, shared: bool) -> Durations:
         """One micro-batch through `pieces`; `shared` when all ranks of a node compute at once."""
@@ -93,6 +118,8 @@ class PieceTimes:
                     backward.weight,
                     forward.experts,
                     backward.experts,
+                    *forward.links,
+                    *backward.links,
                 ),
             )
         return self._seconds[key][1]
@@ -123,7 +150,7 @@ class PieceTimes:
         The host launches kernels while earlier ones run: where all of them take less than the launches, those are what lasts. Where
         it waits for the device, `waited` seconds of that come on top of what the kernels take.
         """
-        compute = exposed = weight = experts = 0.0
+        compute = exposed = weight = experts = inside = outside = 0.0
         for op in ops:
             if isinstance(op, Gemm):
                 seconds = kernels.gemm(op)
@@ -136,14 +163,34 @@ class PieceTimes:
                 compute += kernels.elementwise(op)
             elif isinstance(op, Collective):
                 exposed += self._exposed_in_line(op)
+                seconds = self.times.seconds(op)
+                if self._is_inside(op):
+                    inside += seconds
+                else:
+                    outside += seconds
                 if op.axis == "ep":
-                    experts += self.times.seconds(op)
+                    experts += seconds
             else:
-                work = self.work(op, kernels)
+                work, seconds = self.work(op, kernels), self.times.seconds(op.collective) * op.calls
+                if self._is_inside(op.collective):
+                    inside += seconds
+                else:
+                    outside += seconds
                 compute += work
                 exposed += self.exposed(op, work)
                 weight += sum(kernels.gemm(g) for g in op.work if isinstance(g, Gemm) and g.is_weight_gradient)
-        return _Run(max(compute + waited, host - exposed), exposed, weight, experts)
+        return _Run(max(compute + waited, host - exposed), exposed, weight, experts, OnLinks(inside, outside))
+
+    def on_links(self, calls: Iterable[Collective]) -> OnLinks:
+        """Seconds of `calls`."""
+        each = [(self.times.seconds(c), self._is_inside(c)) for c in calls]
+        return OnLinks(sum(s for s, is_inside in each if is_inside), sum(s for s, is_inside in each if not is_inside))
+
+    def _is_inside(self, c: Collective) -> bool:
+        key = (c.group_size, c.stride)
+        if key not in self._inside:
+            self._inside[key] = self.times.link(c) == "scale-up"
+        return self._inside[key]
 
     def _exposed_in_line(self, op: Collective) -> float:
         """Seconds of a collective between two products, of which all but a part can run in pieces beside them."""
@@ -160,7 +207,9 @@ class PieceTimes:
         hides = self.times.hides and (self.practice.overlaps_dx or op.collective.op != "all_reduce")
         return self.beside(seconds, work) if hides else seconds
 
-    def beside(self, seconds: float, work: float) -> float:
+    def beside(self, seconds: float, work: float, busiest: float = 0.0) -> float:
         """What communication of `seconds` adds to computation of `work` seconds that it runs beside: the part that does not fit,
-        and what the rest takes from the computation (processors and memory bandwidth)."""
-        return max(0.0, seconds - work) + self.constants.beside * min(seconds, work)
+        and what the rest takes from the computation (processors and memory bandwidth). `busiest`: seconds of all that the fullest link
+        carries in that time, its own among them: a link does one thing at a time."""
+        left = min(seconds, max(0.0, seconds - work, busiest - work))
+        return left + self.constants.beside * (seconds - left)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from meshwright.cost.adapt import as_practised, with_buckets_of, with_gradients_of
 from meshwright.cost.collectives import CollectiveTimes
-from meshwright.cost.durations import Durations, PieceTimes
+from meshwright.cost.durations import Durations, OnLinks, PieceTimes
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
 from meshwright.cost.memory import StageMemory, beside_bytes, in_flight_bytes, passing_bytes, stage_memories, state_bytes
 from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
@@ -45,6 +45,11 @@ class Passes:
     forward_read: float = 0.0
     """Reading offloaded parameters."""
     backward_read: float = 0.0
+    forward_scale_up: float = 0.0
+    """Of ZeRO's communication, what the links of a domain carry; so, too, the next three."""
+    forward_network: float = 0.0
+    backward_scale_up: float = 0.0
+    backward_network: float = 0.0
 
     def of_one(self, chunks: int) -> Passes:
         """Shared out evenly."""
@@ -57,6 +62,8 @@ class _State:
 
     reductions: tuple[float, ...]
     """Seconds of each bucket's gradient reduction."""
+    links: OnLinks
+    """Of all of them."""
     rest: float
     """Seconds of the step's other collectives and of the optimizer."""
     passes: Passes
@@ -148,7 +155,7 @@ class Estimator:
                 self._passing(self.durations(c, layout, shared=False), state.passes.of_one(len(chunks))) for c in chunks
             ]
             whole = self._passing(self.durations(pieces, layout, shared=False), state.passes)
-            end = max(end, self._exposed_reduction(state.reductions, whole) + state.rest)
+            end = max(end, self._exposed_reduction(state.reductions, state.links, whole) + state.rest)
             most = max(most, len(boundary(self.model, layout, self.workload.seq, members[0])))
             for stage in members:
                 seconds[stage] = [self._in_schedule(d, layout) for d in each]
@@ -193,6 +200,7 @@ class Estimator:
             program = self.reduced_program(layout, Place(stage))
             self._states[key] = _State(
                 tuple(self.times.seconds(c) for c in program.gradient_reductions),
+                self.pieces.on_links(program.gradient_reductions),
                 self._rest(program, layout),
                 self._passes(program, layout),
                 self._state_bytes(program, layout) + unit_buffer_bytes(program, layout),
@@ -247,21 +255,32 @@ class Estimator:
         forward, backward = (sum(self.times.seconds(c) for c in gathers) for gathers in program.gathers)
         casts = self.kernels(layout, shared=False).elementwise(program.casts) if program.casts.bytes else 0.0
         backward += sum(self.times.seconds(c) for c in program.scatters)
+        carried = (
+            *self.pieces.on_links(program.gathers[0]),
+            *self.pieces.on_links((*program.gathers[1], *program.scatters)),
+        )
         if layout.offload != "all":
-            return Passes(forward, backward, casts)
+            return Passes(forward, backward, casts, 0.0, 0.0, *carried)
         moved, links = away(program, layout), self._links(layout)
-        return Passes(forward, backward, casts, links.seconds(moved.forward_read, 0), links.seconds(moved.backward_read, 0))
+        reads = links.seconds(moved.forward_read, 0), links.seconds(moved.backward_read, 0)
+        return Passes(forward, backward, casts, *reads, *carried)
 
     def _passing(self, d: Durations, passes: Passes) -> Durations:
         """`d` with communication and reads of each pass that run under its computation, of which what does not fit is exposed, and
         with the casts that its computation waits for."""
-        forward = self._exposed_pass(passes.forward, passes.forward_read, d.forward) + passes.casts
-        backward = self._exposed_pass(passes.backward, passes.backward_read, d.backward) + passes.casts
+        forward_links = OnLinks(passes.forward_scale_up, passes.forward_network)
+        backward_links = OnLinks(passes.backward_scale_up, passes.backward_network)
+        forward = self._exposed_pass(passes.forward, passes.forward_read, d.forward, forward_links, d.forward_links)
+        backward = self._exposed_pass(passes.backward, passes.backward_read, d.backward, backward_links, d.backward_links)
+        forward, backward = forward + passes.casts, backward + passes.casts
         return replace(d, forward=d.forward + forward, backward=d.backward + backward, compute=d.compute + 2 * passes.casts)
 
-    def _exposed_pass(self, sent: float, read: float, work: float) -> float:
-        """Links to other ranks and to the host are busy at the same time, except where ranks share the cores that move the bytes."""
-        return self.pieces.beside(max(sent, read), work) if self.times.hides else sent + read
+    def _exposed_pass(self, sent: float, read: float, work: float, links: OnLinks, own: OnLinks) -> float:
+        """Links to other ranks and to the host are busy at the same time, except where ranks share the cores that move the bytes.
+        `own`: what the pass itself puts on the `links`."""
+        if not self.times.hides:
+            return sent + read
+        return self.pieces.beside(max(sent, read), work, max(links.and_(own)))
 
     def _links(self, layout: Layout) -> Links:
         return offload_links(self.cluster, layout, self.kernels(layout, shared=True).memory_bandwidth)
@@ -325,7 +344,8 @@ class Estimator:
     def _step_end(self, program: Program, layout: Layout, d: Durations) -> float:
         """After the last backward: what is left of the gradient reduction, the step's other collectives, the optimizer."""
         reductions = tuple(self.times.seconds(c) for c in program.gradient_reductions)
-        return self._exposed_reduction(reductions, d) + self._rest(program, layout)
+        links = self.pieces.on_links(program.gradient_reductions)
+        return self._exposed_reduction(reductions, links, d) + self._rest(program, layout)
 
     def _rest(self, program: Program, layout: Layout) -> float:
         """The step's other collectives, the optimizer, and what it waits for of offloaded state."""
@@ -337,13 +357,13 @@ class Estimator:
         )
         return sent + self.kernels(layout, shared=True).elementwise(program.optimizer)
 
-    def _exposed_reduction(self, reductions: Sequence[float], d: Durations) -> float:
-        """All but the last bucket can run under the last micro-batch's backward."""
+    def _exposed_reduction(self, reductions: Sequence[float], links: OnLinks, d: Durations) -> float:
+        """All but the last bucket can run under the last micro-batch's backward, beside what that puts on the `links` that they take."""
         if self.practice.frozen:
             return 0.0
         if not reductions or not self.times.hides or not self.practice.overlaps_gradients:
             return sum(reductions)
-        return max(reductions[-1], self.pieces.beside(sum(reductions), d.backward))
+        return max(reductions[-1], self.pieces.beside(sum(reductions), d.backward, max(links.and_(d.backward_links))))
 
     def _collective_costs(
         self,
@@ -383,16 +403,22 @@ class Estimator:
                     key = (c.axis, c.op, c.group_size)
                     hidden[key] = hidden.get(key, 0.0) + gained * repeat * m
         bare = self.durations(program.pieces, layout, shared=False)
-        for calls, work in ((program.gathers[0], bare.forward), ((*program.gathers[1], *program.scatters), bare.backward)):
+        for calls, work, own in (
+            (program.gathers[0], bare.forward, bare.forward_links),
+            ((*program.gathers[1], *program.scatters), bare.backward, bare.backward_links),
+        ):
             together = sum(self.times.seconds(c) for c in calls)
-            share = 1 - self.pieces.beside(together, work) / together if together and self.times.hides else 0.0
+            exposed = self._exposed_pass(together, 0.0, work, self.pieces.on_links(calls), own)
+            share = 1 - exposed / together if together else 0.0
             for c in calls:
                 key = (c.axis, c.op, c.group_size)
                 hidden[key] = hidden.get(key, 0.0) + self.times.seconds(c) * share * m
         reductions = [self.times.seconds(c) for c in program.gradient_reductions]
         if reductions:
             c = program.gradient_reductions[0]
-            hidden[c.axis, c.op, c.group_size] = sum(reductions) - self._exposed_reduction(reductions, d)
+            hidden[c.axis, c.op, c.group_size] = sum(reductions) - self._exposed_reduction(
+                reductions, self.pieces.on_links(program.gradient_reductions), d
+            )
         return hidden
 
     def _result(
