@@ -58,8 +58,10 @@ def _bar(e: Estimate) -> str:
     if e.error_bar is None:
         return "none: no published runs of this class were scored"
     low, high = e.error_bar.around(e.step_time_s)
-    runs = f"{e.error_bar.runs:,} published runs of this class, from {e.error_bar.sources} sources"
-    return f"{seconds(low)} to {seconds(high)}: so far off were {SHARE:.0%} of {runs}"
+    bar = e.error_bar
+    runs = f"{bar.runs:,} published runs of this class, from {bar.sources} source{'s'[: bar.sources - 1]}"
+    others = ", and of those of other classes, since these are few" if bar.widened else ""
+    return f"{seconds(low)} to {seconds(high)}: so far off were {SHARE:.0%} of {runs}{others}"
 
 
 def _memory(e: Estimate) -> RenderableType:

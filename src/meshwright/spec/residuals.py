@@ -23,6 +23,8 @@ class ErrorBar(BaseModel):
     high: float = Field(gt=0)
     runs: int = Field(ge=1)
     sources: int = Field(ge=1)
+    widened: bool = False
+    """Of too few sources to stand alone: to the widest of the other classes."""
 
     def around(self, value: float) -> tuple[float, float]:
         return value * self.low, value * self.high
@@ -30,7 +32,15 @@ class ErrorBar(BaseModel):
     def as_dict(self, value: float) -> dict[str, Any]:
         """For `--json`, of a predicted `value`."""
         low, high = self.around(value)
-        return {"low": low, "high": high, "share": SHARE, "runs": self.runs, "sources": self.sources, "basis": "published"}
+        return {
+            "low": low,
+            "high": high,
+            "share": SHARE,
+            "runs": self.runs,
+            "sources": self.sources,
+            "widened": self.widened,
+            "basis": "published",
+        }
 
 
 class Residuals(BaseModel):
