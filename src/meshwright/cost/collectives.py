@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import log2
@@ -65,7 +65,7 @@ class CollectiveTimes:
         if c.op == "all_to_all":
             return Curve(self._all_to_all(c), floor)
         ways = (self._rings, self._in_switch, self._tree, self._switch_tree, self._pat)
-        return Curve(tuple(line for way in ways for line in way(c)), floor)
+        return Curve(_lowest(line for way in ways for line in way(c)), floor)
 
     def algorithm(self, c: Collective) -> Algorithm:
         """The one that an all-gather, reduce-scatter or all-reduce takes least time by; other operations have none to choose."""
@@ -237,6 +237,15 @@ class CollectiveTimes:
         for p in self.cluster.measured.collectives if self.cluster.measured else ():
             out.setdefault((p.op, self.cluster.tier(1, p.ranks)), {}).setdefault(p.ranks, {})[max(1, p.bytes)] = p.seconds
         return out
+
+
+def _lowest(lines: Iterable[tuple[float, float]]) -> Lines:
+    """Those that may be the quickest: of any two, the one with the longer latency takes less for a byte."""
+    out: list[tuple[float, float]] = []
+    for line in sorted(lines):
+        if not out or line[1] < out[-1][1]:
+            out.append(line)
+    return tuple(out)
 
 
 def _at(series: list[tuple[int, float]], nbytes: int) -> float:
