@@ -162,8 +162,8 @@ class PieceTimes:
             elif isinstance(op, Elementwise):
                 compute += kernels.elementwise(op)
             elif isinstance(op, Collective):
-                exposed += self._exposed_in_line(op)
                 seconds = self.times.seconds(op)
+                exposed += self._exposed_in_line(op, seconds)
                 if self._is_inside(op):
                     inside += seconds
                 else:
@@ -171,14 +171,18 @@ class PieceTimes:
                 if op.axis == "ep":
                     experts += seconds
             else:
-                work, seconds = self.work(op, kernels), self.times.seconds(op.collective) * op.calls
+                work, seconds = 0.0, self.times.seconds(op.collective) * op.calls
+                for one in op.work:
+                    lasts = kernels.gemm(one) if isinstance(one, Gemm) else kernels.attention(one)
+                    work += lasts
+                    if isinstance(one, Gemm) and one.is_weight_gradient:
+                        weight += lasts
                 if self._is_inside(op.collective):
                     inside += seconds
                 else:
                     outside += seconds
                 compute += work
-                exposed += self.exposed(op, work)
-                weight += sum(kernels.gemm(g) for g in op.work if isinstance(g, Gemm) and g.is_weight_gradient)
+                exposed += self._exposed_under(op, seconds, work)
         return _Run(max(compute + waited, host - exposed), exposed, weight, experts, OnLinks(inside, outside))
 
     def on_links(self, calls: Iterable[Collective]) -> OnLinks:
@@ -192,9 +196,8 @@ class PieceTimes:
             self._inside[key] = self.times.link(c) == "scale-up"
         return self._inside[key]
 
-    def _exposed_in_line(self, op: Collective) -> float:
-        """Seconds of a collective between two products, of which all but a part can run in pieces beside them."""
-        seconds = self.times.seconds(op)
+    def _exposed_in_line(self, op: Collective, seconds: float) -> float:
+        """Of a collective of `seconds` between two products, of which all but a part can run in pieces beside them."""
         if not self.practice.overlaps_tensor or op.axis != "tp":
             return seconds
         return seconds / op.group_size + self.constants.beside * seconds * (1 - 1 / op.group_size)
@@ -203,7 +206,10 @@ class PieceTimes:
         return sum(kernels.gemm(g) if isinstance(g, Gemm) else kernels.attention(g) for g in op.work)
 
     def exposed(self, op: Under, work: float) -> float:
-        seconds = self.times.seconds(op.collective) * op.calls
+        """Seconds of its communication that `work` seconds of computation do not hide."""
+        return self._exposed_under(op, self.times.seconds(op.collective) * op.calls, work)
+
+    def _exposed_under(self, op: Under, seconds: float, work: float) -> float:
         hides = self.times.hides and (self.practice.overlaps_dx or op.collective.op != "all_reduce")
         return self.beside(seconds, work) if hides else seconds
 

@@ -32,7 +32,7 @@ def recomputed_flops(ops: Iterable[Op], fullest_rank: float = 1.0) -> float:
     for op in ops:
         for work in op.work if isinstance(op, Under) else (op,):
             if isinstance(work, Gemm):
-                total += work.flops / (fullest_rank if work.name.startswith("moe.experts") else 1.0)
+                total += work.flops / (fullest_rank if work.role.place == "experts" else 1.0)
             elif isinstance(work, Attention):
                 span = min(work.window or work.length, work.length)
                 pairs = work.batch * work.heads * work.length * span / work.share

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
-from meshwright.cost.ops import Attention, Elementwise, Gemm, Op, Under
+from meshwright.cost.ops import Attention, Elementwise, Gemm, Op, Role, Under, role
 from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.tiles import product_seconds
 from meshwright.spec.cluster import Cluster
@@ -34,22 +34,26 @@ class Kernels:
     active: int
     practice: Practice = OWN
     constants: KernelConstants = field(default_factory=load_kernel_constants)
-    _priced: dict[Gemm | Attention, float] = field(default_factory=dict, repr=False, compare=False)
-    """Layers and layouts repeat their products."""
+    _products_priced: dict[tuple[int, int, int, int, int, Role], float] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """Layers and layouts repeat their products, and many are alike but for their names."""
+    _attention_priced: dict[Attention, float] = field(default_factory=dict, repr=False, compare=False)
     _rates: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     def gemm(self, op: Gemm) -> float:
         """A product's roofline, with the tiles that it is cut into where the accelerator's processors are known."""
-        seconds = self._priced.get(op)
+        key = (op.m, op.n, op.k, op.groups, op.largest, role(op.name))
+        seconds = self._products_priced.get(key)
         if seconds is None:
-            seconds = self._priced[op] = self._gemm(op)
+            seconds = self._products_priced[key] = self._gemm(op)
         return seconds
 
     def attention(self, op: Attention) -> float:
         """Fused or not, as the practice has it."""
-        seconds = self._priced.get(op)
+        seconds = self._attention_priced.get(op)
         if seconds is None:
-            seconds = self._priced[op] = self._attention(op)
+            seconds = self._attention_priced[op] = self._attention(op)
         return seconds
 
     def _gemm(self, op: Gemm) -> float:
@@ -67,7 +71,7 @@ class Kernels:
         return max(seconds, moved) + self._cast(op, products) + self._gap
 
     def _is_looped(self, op: Gemm) -> bool:
-        return op.groups > 1 and not self.practice.grouped_products and op.name.startswith("moe.experts")
+        return op.groups > 1 and not self.practice.grouped_products and op.role.place == "experts"
 
     def _each(self, op: Gemm) -> Iterator[tuple[int, Gemm]]:
         """The products of experts one by one, alike ones together."""
@@ -90,14 +94,14 @@ class Kernels:
     def _products(self, op: Gemm) -> str:
         """The precision of a product: the head's stays that of the layout."""
         if self.practice.products:
-            return self.practice.products if not op.name.startswith("head") else self._kept
+            return self.practice.products if op.role.place != "head" else self._kept
         return self.precision if self._is_narrowed(op) else self._kept
 
     def _is_narrowed(self, op: Gemm) -> bool:
         """Whether the engine makes narrow factors for it (`parallel/fp8.py`): for outputs and input gradients of the layers' linears."""
         if self.precision not in NARROW:
             return False
-        is_linear = not (op.groups > 1 or op.name.startswith(("head", "moe.router")) or op.is_weight_gradient)
+        is_linear = not (op.groups > 1 or op.role.place in ("head", "router") or op.is_weight_gradient)
         return is_linear and not (op.n % NARROW_MULTIPLE or op.k % NARROW_MULTIPLE)
 
     def _cast(self, op: Gemm, products: str) -> float:
@@ -106,7 +110,7 @@ class Kernels:
         if products == self._kept:
             return 0.0
         if self.practice.products is None:
-            turned = 2 * op.k * op.n if op.name.endswith(" dx") else 0
+            turned = 2 * op.k * op.n if op.role.of_input else 0
             moved = NARROWED_BYTES * (op.m * op.k + op.k * op.n) + turned
             return moved / self.memory_bandwidth + 2 * NARROWING_STEPS * self._gap
         if op.is_weight_gradient:

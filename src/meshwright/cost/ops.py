@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Literal, NamedTuple
 
 CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
+
+
+Place = Literal["experts", "head", "router", "elsewhere"]
+PLACES: dict[str, Place] = {"moe.experts": "experts", "head": "head", "moe.router": "router"}
+
+
+class Role(NamedTuple):
+    """What of a product's name its price depends on."""
+
+    place: Place
+    of_weights: bool
+    """The gradient of a weight."""
+    of_input: bool
+
+
+@cache
+def role(name: str) -> Role:
+    """Of the product with this name."""
+    place: Place = next((place for start, place in PLACES.items() if name.startswith(start)), "elsewhere")
+    return Role(place, name.endswith(" dw"), name.endswith(" dx"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +43,11 @@ class Gemm:
 
     @property
     def is_weight_gradient(self) -> bool:
-        return self.name.endswith(" dw")
+        return role(self.name).of_weights
+
+    @property
+    def role(self) -> Role:
+        return role(self.name)
 
     @property
     def flops(self) -> float:

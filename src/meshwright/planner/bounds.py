@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -111,8 +112,14 @@ class ClosedForm:
 
     def _shape(self, pipeline: Pipeline) -> _Shape:
         if pipeline not in self._shapes:
-            self._shapes[pipeline] = _Shape(pipeline, _counts(pipeline, self.space, self.tables.kinds))
+            self._shapes[pipeline] = _Shape(pipeline, _counts(pipeline, self.space, self.tables.kinds), self._in_a_row)
         return self._shapes[pipeline]
+
+    @cached_property
+    def _in_a_row(self) -> Bools:
+        model = self.space.model
+        kinds = [kind for kind, _ in groupby((model.window(i), model.is_moe(i)) for i in range(model.layers))]
+        return np.array([*(kinds.count(kind) == 1 for kind in self.tables.kinds), False, False])
 
     def _hop(self, pipeline: Pipeline, at: Ints) -> Floats:
         """Seconds of a send between stages."""
@@ -148,7 +155,8 @@ class _Work(NamedTuple):
 class _Shape:
     """Which stages of a pipeline hold what, and how much each kind of stage does of each row of the tables."""
 
-    def __init__(self, pipeline: Pipeline, counts: Floats):
+    def __init__(self, pipeline: Pipeline, counts: Floats, in_a_row: Bools):
+        """`counts`: [places, rows]; `in_a_row`: [rows], whether all layers of a kind follow one another in the model."""
         self.pipeline, self.counts = pipeline, counts
         self.places = np.array(placement(pipeline.schedule, pipeline.pp, pipeline.chunks))
         self.splits = pipeline.schedule in SPLIT_BACKWARD
@@ -162,7 +170,11 @@ class _Shape:
         self.ahead = (np.cumsum(counts, axis=0) - counts)[first]
         """[kinds of stages, rows]: what other stages do before it can begin."""
         self.hops = first[:, None]
-        self.held: list[Held] = [tuple(row) for row in kinds.astype(np.int64).tolist()]
+        several = (counts > 1)[self.places].any(axis=1) & in_a_row
+        twice = np.stack([several[self.kind == k].all(axis=0) for k in range(len(kinds))])
+        self.held: list[Held] = [
+            tuple(row) for row in np.hstack((kinds, np.minimum(kinds, 1 + twice))).astype(np.int64).tolist()
+        ]
         last = self.places.size - 1
         self.neighbours = np.array(
             [

@@ -19,7 +19,8 @@ from meshwright.spec.layout import Layout
 from meshwright.spec.precision import STATE_BYTES
 
 Held = tuple[int, ...]
-"""How many of each kind of layer, of embeddings and of heads a stage holds."""
+"""How many of each kind of layer, of embeddings and of heads a stage holds; and then how many of each it surely uses at once, where each
+comes while the one before is used."""
 
 FORWARD, BACKWARD, REDUCTION, REST, BYTES = range(5)
 """Rows of a price: seconds gathering for forward, and for backward with what is reduced there, of the gradients' reduction, and of
@@ -111,7 +112,7 @@ class StatePrices:
             self._known[held] = known[order], values[:, order]
 
     def _new(self, held: Ints, at: Ints, sharding: Ints) -> Floats:
-        """[5, n]; `held` is [rows of the tables, n]."""
+        """[5, n]; `held` is [2 * rows of the tables, n]."""
         out, zero, shard = np.empty((5, len(at))), self._zero[sharding], self._shard[sharding]
         for its in (np.flatnonzero(zero < 3), np.flatnonzero(zero == 3)):
             if len(its):
@@ -120,7 +121,7 @@ class StatePrices:
 
     def _of_stages(self, held: Ints, at: Ints, zero: Ints, shard: Ints) -> Floats:
         """The same, of those with ZeRO-3 alone or of those without."""
-        size, out = self.size, np.zeros((5, len(at)))
+        (held, at_once), size, out = np.split(held, 2), self.size, np.zeros((5, len(at)))
         owned_all, elements_all, buffer = np.zeros(len(at)), np.zeros(len(at)), np.zeros(len(at))
         units = np.zeros(held.shape)
         scatters, ends = zero >= 2, np.vstack((held[:-2], np.zeros_like(held[-2:])))
@@ -143,7 +144,7 @@ class StatePrices:
             if group.comes_and_goes:
                 # The embedding and the head need not be gathered for backward.
                 layers = _by_row(ends, rows, each)
-                units += (cuts.cuts > 1) * (held > 0) * bunches.each
+                units += (cuts.cuts > 1) * at_once * bunches.each
                 out[FORWARD] += gather
                 out[BACKWARD] += self._seconds(axis, "all_gather", cuts.cuts, cuts.stride, layers, size.parameter)
             out[BACKWARD] += scatters * scatter
@@ -156,7 +157,7 @@ class StatePrices:
             parameters = owned if group.comes_and_goes else elements
             gradients = np.where(scatters, owned, elements)
             out[BYTES] += parameters * size.parameter + gradients * size.gradient + owned * size.optimizer
-        out[BYTES] += units.max(axis=0) * size.parameter  # the largest whole, while it is used
+        out[BYTES] += units.max(axis=0) * size.parameter  # the largest, whole while they are used
         if size.gradient != size.parameter:  # a whole gradient goes through no parameters' buffer
             out[BYTES] += scatters * buffer * size.gradient
         # As `cost/program.py` has the optimizer, without padding.
