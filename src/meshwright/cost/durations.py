@@ -35,6 +35,9 @@ class Durations:
     forward_network: float = 0.0
     backward_scale_up: float = 0.0
     backward_network: float = 0.0
+    forward_launches: float = 0.0
+    """Operators that the host starts in the forward, at the least."""
+    backward_launches: float = 0.0
 
     @property
     def forward_links(self) -> OnLinks:
@@ -66,6 +69,7 @@ class _Run(NamedTuple):
     experts: float
     """In which tokens travel to or from experts."""
     links: OnLinks
+    launches: int
 
     @property
     def whole(self) -> float:
@@ -120,6 +124,8 @@ class PieceTimes:
                     backward.experts,
                     *forward.links,
                     *backward.links,
+                    forward.launches,
+                    backward.launches,
                 ),
             )
         return self._seconds[key][1]
@@ -151,6 +157,7 @@ class PieceTimes:
         it waits for the device, `waited` seconds of that come on top of what the kernels take.
         """
         compute = exposed = weight = experts = inside = outside = 0.0
+        launches = len(ops)
         for op in ops:
             if isinstance(op, Gemm):
                 seconds = kernels.gemm(op)
@@ -171,6 +178,7 @@ class PieceTimes:
                 if op.axis == "ep":
                     experts += seconds
             else:
+                launches += len(op.work)
                 work, seconds = 0.0, self.times.seconds(op.collective) * op.calls
                 for one in op.work:
                     lasts = kernels.gemm(one) if isinstance(one, Gemm) else kernels.attention(one)
@@ -183,7 +191,7 @@ class PieceTimes:
                     outside += seconds
                 compute += work
                 exposed += self._exposed_under(op, seconds, work)
-        return _Run(max(compute + waited, host - exposed), exposed, weight, experts, OnLinks(inside, outside))
+        return _Run(max(compute + waited, host - exposed), exposed, weight, experts, OnLinks(inside, outside), launches)
 
     def on_links(self, calls: Iterable[Collective]) -> OnLinks:
         """Seconds of `calls`."""

@@ -148,10 +148,15 @@ class Kernels:
 
     def host_seconds(self, ops: Sequence[Op], recomputed: bool) -> float:
         """What the host takes to start all of `ops`, and to save and restore the random state of a layer that is `recomputed`."""
-        if not self._hosted or self.practice.compiled:
+        if not self.dispatch:
             return 0.0
         checkpoint = self.constants.checkpoint if recomputed and self.practice.whole_recompute else 0.0
-        return checkpoint + self.constants.dispatch * sum(self._launches(op) for op in ops)
+        return checkpoint + self.dispatch * sum(self._launches(op) for op in ops)
+
+    @cached_property
+    def dispatch(self) -> float:
+        """Seconds that the host takes to start one operator."""
+        return self.constants.dispatch if self._hosted and not self.practice.compiled else 0.0
 
     def waited_seconds(self, ops: Sequence[Op]) -> float:
         """What starting `ops` takes where the host reads from the device among them, and starts none ahead."""

@@ -97,11 +97,15 @@ class ClosedForm:
         sharding, its = np.nonzero(legal)
         forward, backward = stages.forward[:, its], stages.backward[:, its]
         prices = self.state.price(shape.held, at[its], sharding)
-        gather, again, reduction, rest, bytes_ = (prices[:, row] for row in (FORWARD, BACKWARD, REDUCTION, REST, BYTES))
-        if self.estimator.times.hides:
-            gather, again, reduction = (
-                self._beside(sent, under) for sent, under in ((gather, forward), (again, backward), (reduction, backward))
+        gather, again, reduction = (
+            self._exposed(prices[:, rows], under, links[:, :, its])
+            for rows, under, links in (
+                (FORWARD, forward, stages.forward_links),
+                (BACKWARD, backward, stages.backward_links),
+                (REDUCTION, backward, stages.backward_links),
             )
+        )
+        rest, bytes_ = prices[:, REST], prices[:, BYTES]
         seconds = stages.bound(m, hop, its, forward + backward + gather + again)
         if self.estimator.cluster.node.compute_slots is not None and self.space.gpus > 1:
             crowded = shape.counts.sum(axis=0) @ self.tables.of("crowded", at)
@@ -133,9 +137,15 @@ class ClosedForm:
         each = [seconds(Collective("pp", "send", pipeline.pp, *divmod(key, 2**44))) for key in unique.tolist()]
         return np.asarray(np.array(each)[which])
 
-    def _beside(self, seconds: Floats, work: Floats) -> Floats:
-        """As the estimator has it: what communication adds to computation that it runs beside."""
-        return np.asarray(np.maximum(0.0, seconds - work) + self.estimator.constants.beside * np.minimum(seconds, work))
+    def _exposed(self, sent: Floats, work: Floats, own: Floats) -> Floats:
+        """As the estimator has it: what communication, [stages, links, n], adds to computation that it runs beside, which has its `own` on
+        the links."""
+        seconds = sent.sum(axis=1)
+        if not self.estimator.times.hides:
+            return np.asarray(seconds)
+        left = np.maximum(0.0, np.maximum(seconds, (sent + own).max(axis=1)) - work)
+        left = np.minimum(seconds, left)
+        return np.asarray(left + self.estimator.constants.beside * (seconds - left))
 
 
 class _Work(NamedTuple):
@@ -147,6 +157,10 @@ class _Work(NamedTuple):
     saved: Floats
     put_off: Floats
     working: Floats
+    forward_scale_up: Floats
+    forward_network: Floats
+    backward_scale_up: Floats
+    backward_network: Floats
 
     def take(self, its: Ints) -> _Work:
         return _Work(*(table[:, its] for table in self))
@@ -191,6 +205,18 @@ class _Stages:
     def __init__(self, shape: _Shape, work: _Work):
         self.shape, self.work = shape, work
         self.forward, self.backward = shape.work @ work.forward, shape.work @ work.backward
+
+    @cached_property
+    def forward_links(self) -> Floats:
+        """[kinds of stages, links, combinations]: seconds that the links of a domain, and the network, are taken for."""
+        return self._on(self.work.forward_scale_up, self.work.forward_network)
+
+    @cached_property
+    def backward_links(self) -> Floats:
+        return self._on(self.work.backward_scale_up, self.work.backward_network)
+
+    def _on(self, *links: Floats) -> Floats:
+        return np.stack([self.shape.work @ link for link in links], axis=1)
 
     def bound(self, m: Ints, hop: Floats, its: Ints | None = None, each: Floats | None = None) -> Floats:
         """Seconds of all `m` micro-batches; `each`: of one through each kind of stage, for the combinations `its` (with repeats)."""

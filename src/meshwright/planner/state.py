@@ -22,9 +22,11 @@ Held = tuple[int, ...]
 """How many of each kind of layer, of embeddings and of heads a stage holds; and then how many of each it surely uses at once, where each
 comes while the one before is used."""
 
-FORWARD, BACKWARD, REDUCTION, REST, BYTES = range(5)
-"""Rows of a price: seconds gathering for forward, and for backward with what is reduced there, of the gradients' reduction, and of
-what follows it; bytes."""
+FORWARD, BACKWARD, REDUCTION = slice(0, 2), slice(2, 4), slice(4, 6)
+REST, BYTES = 6, 7
+PRICES = 8
+"""Rows of a price: seconds gathering for forward, and for backward with what is reduced there, of the gradients' reduction, each on the
+links of a domain and on the network; of what follows it; bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ class StatePrices:
 
     def __init__(self, space: Space, estimator: Estimator, tables: Tables):
         self.space, self.times, self.tables = space, estimator.times, tables
-        self.size = STATE_BYTES[space.precision]
+        self.size, self.domain = STATE_BYTES[space.precision], estimator.cluster.fabric.domain
         kernels = estimator.kernels(Layout(dp=space.gpus, precision=space.precision), shared=True)
         self.start = kernels.elementwise(Elementwise("optimizer", 0))
         self.per_byte = kernels.elementwise(Elementwise("optimizer", 1)) - self.start
@@ -83,12 +85,12 @@ class StatePrices:
         self._zero, self._shard = np.array(zero, dtype=np.int64).T
 
     def price(self, helds: Sequence[Held], at: Ints, sharding: Ints) -> Floats:
-        """[stages, 5, n] of stages that hold `helds`, for the combinations `at`, each with a sharding (an index of the space's)."""
+        """[stages, 8, n] of stages that hold `helds`, for the combinations `at`, each with a sharding (an index of the space's)."""
         columns, most = self.space.columns, self.space.gpus + 1
         keys = ((self.tables.split[at] * len(self._zero) + sharding) * most + columns.cp[at]) * most + self.space.dp[at]
         unique, first, which = np.unique(keys, return_index=True, return_inverse=True)
         self._learn(helds, unique, at[first], sharding[first])
-        out = np.empty((len(helds), 5, len(at)))
+        out = np.empty((len(helds), PRICES, len(at)))
         for row, held in enumerate(helds):
             known, values = self._known[held]
             out[row] = values[:, np.asarray(np.searchsorted(known, unique))[which]]
@@ -96,7 +98,7 @@ class StatePrices:
 
     def _learn(self, helds: Sequence[Held], keys: Ints, at: Ints, sharding: Ints) -> None:
         """Price what is not known yet of any of `helds`, all at once; `keys` (ascending) are of `at` and `sharding`."""
-        none = np.empty(0, np.int64), np.empty((5, 0))
+        none = np.empty(0, np.int64), np.empty((PRICES, 0))
         new = [np.flatnonzero(~np.isin(keys, self._known.get(held, none)[0], assume_unique=True)) for held in helds]
         counts = [len(its) for its in new]
         if not any(counts):
@@ -112,8 +114,8 @@ class StatePrices:
             self._known[held] = known[order], values[:, order]
 
     def _new(self, held: Ints, at: Ints, sharding: Ints) -> Floats:
-        """[5, n]; `held` is [2 * rows of the tables, n]."""
-        out, zero, shard = np.empty((5, len(at))), self._zero[sharding], self._shard[sharding]
+        """[8, n]; `held` is [2 * rows of the tables, n]."""
+        out, zero, shard = np.empty((PRICES, len(at))), self._zero[sharding], self._shard[sharding]
         for its in (np.flatnonzero(zero < 3), np.flatnonzero(zero == 3)):
             if len(its):
                 out[:, its] = self._of_stages(held[:, its], at[its], zero[its], shard[its])
@@ -121,7 +123,7 @@ class StatePrices:
 
     def _of_stages(self, held: Ints, at: Ints, zero: Ints, shard: Ints) -> Floats:
         """The same, of those with ZeRO-3 alone or of those without."""
-        (held, at_once), size, out = np.split(held, 2), self.size, np.zeros((5, len(at)))
+        (held, at_once), size, out = np.split(held, 2), self.size, np.zeros((PRICES, len(at)))
         owned_all, elements_all, buffer = np.zeros(len(at)), np.zeros(len(at)), np.zeros(len(at))
         units = np.zeros(held.shape)
         scatters, ends = zero >= 2, np.vstack((held[:-2], np.zeros_like(held[-2:])))
@@ -141,18 +143,20 @@ class StatePrices:
             replicas = self._seconds(
                 axis, "all_reduce", cuts.ranks // cuts.cuts, cuts.stride * cuts.cuts, shares, size.gradient
             )
+            over = self._by_links(cuts.cuts, cuts.stride)
             if group.comes_and_goes:
                 # The embedding and the head need not be gathered for backward.
                 layers = _by_row(ends, rows, each)
                 units += (cuts.cuts > 1) * at_once * bunches.each
-                out[FORWARD] += gather
-                out[BACKWARD] += self._seconds(axis, "all_gather", cuts.cuts, cuts.stride, layers, size.parameter)
-            out[BACKWARD] += scatters * scatter
+                out[FORWARD] += over * gather
+                out[BACKWARD] += over * self._seconds(axis, "all_gather", cuts.cuts, cuts.stride, layers, size.parameter)
+            out[BACKWARD] += over * (scatters * scatter)
             whole = cuts.cuts == 1
             alone = bunches.count * bunches.each > 0 if group.comes_and_goes else count * each > 0
             largest = (alone * (bunches.each if group.comes_and_goes else each)).max(axis=0)
             buffer = np.maximum(buffer, ~whole * largest)
-            out[REDUCTION] += np.where(whole, replicas, ~scatters * scatter)
+            over_all = self._by_links(cuts.ranks, cuts.stride)
+            out[REDUCTION] += np.where(whole, over_all * replicas, over * (~scatters * scatter))
             out[REST] += np.where(whole, 0.0, replicas + (0.0 if group.comes_and_goes else gather))
             parameters = owned if group.comes_and_goes else elements
             gradients = np.where(scatters, owned, elements)
@@ -167,6 +171,11 @@ class StatePrices:
         )
         out[REST] += self.start + self.per_byte * moved
         return out
+
+    def _by_links(self, size: Ints, stride: Ints) -> Ints:
+        """[2, n]: one where a domain holds groups of `size` ranks `stride` apart, and one where the network does (`Cluster.tier`)."""
+        inside = size * stride <= self.domain
+        return np.array([inside, ~inside], dtype=np.int64)
 
     def _cuts(self, group: _Group, at: Ints, zero: Ints, shard: Ints) -> _Cuts:
         columns = self.space.columns

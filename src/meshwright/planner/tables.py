@@ -47,6 +47,14 @@ class Figures(NamedTuple):
     """Bytes kept for backward."""
     put_off: float = 0.0
     """Bytes that the weights' half of a split backward needs."""
+    forward_scale_up: float = 0.0
+    """Seconds in which the links of a domain carry its communication in the forward; so, too, the next three."""
+    forward_network: float = 0.0
+    backward_scale_up: float = 0.0
+    backward_network: float = 0.0
+    forward_host: float = 0.0
+    """Seconds that the host takes to start its operators, at the least; a pass lasts no less."""
+    backward_host: float = 0.0
     working: float = 0.0
     """Bytes of the largest temporary."""
 
@@ -91,6 +99,8 @@ class Tables:
         out: Floats = self.dense[figure][:, self.local[at]]
         if self.experts:
             out[self._sparse] += self.experts[figure][self.choice[at]]
+        if figure in ("forward", "backward"):
+            return np.maximum(out, self.of(f"{figure}_host", at))
         return out
 
     def seconds(self, counts: Floats) -> Floats:
@@ -188,6 +198,9 @@ class _DenseFigures:
                 backward=found.backward + again.forward,
                 crowded=found.crowded + again.crowded,
                 saved=piece.saved_bytes,
+                backward_scale_up=found.backward_scale_up + again.forward_scale_up,
+                backward_network=found.backward_network + again.forward_network,
+                backward_host=found.backward_host + again.forward_host,
                 working=piece.working_bytes,
             )
         return self._rest[full]
@@ -213,7 +226,20 @@ def _figures(estimator: Estimator, piece: Piece, layout: Layout) -> Figures:
         crowded = busy.forward + busy.backward
     working = max(piece.working_bytes, piece.loss_bytes)
     put_off = put_off_bytes(piece, STATE_BYTES[layout.precision].parameter)
-    return Figures(alone.forward, alone.backward, alone.weight, crowded, piece.saved_bytes, put_off, working)
+    dispatch = estimator.kernels(layout, shared=False).dispatch
+    return Figures(
+        alone.forward,
+        alone.backward,
+        alone.weight,
+        crowded,
+        piece.saved_bytes,
+        put_off,
+        *alone.forward_links,
+        *alone.backward_links,
+        dispatch * alone.forward_launches,
+        dispatch * alone.backward_launches,
+        working,
+    )
 
 
 def _experts(
@@ -271,15 +297,12 @@ def _experts(
 
 def _as_recomputed(figures: Floats, full: Bools) -> dict[str, Floats]:
     """What the parts with these `figures` (and `again`) cost a layer; `full`: one that runs them again."""
-    forward, backward, weight, crowded, saved, put_off, own, again = figures
-    return {
-        "forward": forward,
-        "backward": backward + full * again,
-        "weight": weight,
-        "crowded": crowded,
+    out = dict(zip(Figures._fields, figures[:-1], strict=True))
+    saved, again = out["saved"], figures[-1]
+    return out | {
+        "backward": out["backward"] + full * again,
         "saved": ~full * saved,
-        "put_off": put_off,
-        "working": full * saved + own,
+        "working": full * saved + out["working"],
     }
 
 
