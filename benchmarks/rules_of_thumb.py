@@ -254,7 +254,7 @@ def across_nodes() -> Thumb:
         "TP across nodes runs 5 to 10 times slower links and stalls",
         "right of one link, too much for a group",
         f"One H100 has {links.bandwidth / 1e9:.0f} GB/s of NVLink and {nic / 1e9:.0f} GB/s of NIC: {links.bandwidth / nic:.0f} times "
-        f"less. But a ring over two nodes leaves each by all its {node.nics} NICs, says the estimator: {found.what}. Twice the ranks also "
+        f"less. But a sum over two nodes leaves each by all its {node.nics} NICs, says the estimator: {found.what}. Twice the ranks also "
         f"halve each rank's products. In all the step takes {ratio:.2f} times as long: {found.given.step_time_s:.2f} s against "
         f"{found.repair.price.step_time_s:.2f} s of `{found.repair.change}`.",
     )

@@ -117,7 +117,8 @@ class CollectiveTimes:
         summed, here = self.constants.scale_up[links.kind].in_switch, self._members(c)
         if tree is None or summed is None or c.op != "all_reduce" or not links.sums_in_switch or here == 1:
             return ()
-        latency = tree.base_latency + 2 * log2(self._nodes(c)) * tree.hop_latency
+        here_latency = summed.base_latency * links.latency_share
+        latency = here_latency + 2 * log2(self._nodes(c)) * tree.hop_latency
         across = 1.0 if self._nodes(c) == 2 else 2 * (c.group_size - 1) / c.group_size
         inside = self._wire(c) / (summed.gain_of(here) * self._inside_rate(c))
         return ((latency, max(inside, across / self._outside_rate(c))),)

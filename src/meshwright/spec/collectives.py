@@ -7,7 +7,7 @@ They are meant for this alpha-beta model (NCCL v2.30.7 src/graph/tuning.cc; fact
     summed in switch   base + (bytes * factor + own copy) / (gain * rate), for all-reduce where it is less
     tree over nodes    all-reduce where it is less: base + 2 ((g - 1) inside + log2(N) hop) + bytes * 2 / (bandwidth_share * rate) for
                        N nodes with g ranks each; two nodes only exchange, so that their NICs carry half as much
-    the same, summed   base + 2 log2(N) hop + bytes * factor / rate, the nodes' own part at the rate of their switches
+    the same, summed   the base of a sum in the switch + 2 log2(N) hop + bytes * factor / rate, at most that of the switches
     PAT                all-gather and reduce-scatter of groups with one rank a node, where it is less:
                        base + log2(N) hop + n rank + bytes / (bandwidth_share * rate)
     point to point     p2p_latency + bytes / (p2p_share * pair rate)
@@ -69,8 +69,8 @@ class Tree(_Frozen):
 class SwitchTree(_Frozen):
     """The same where the switches of a node sum for its ranks (NVLSTree)."""
 
-    base_latency: Seconds
     hop_latency: Seconds
+    """Of each level of the tree, up or down."""
 
 
 class Pat(_Frozen):
