@@ -100,6 +100,7 @@ class Estimator:
         self.durations, self.kernels = self.pieces.durations, self.pieces.kernels
         self._adapted: dict[tuple[object, ...], tuple[Piece, Piece]] = {}
         self._states: dict[tuple[object, ...], _State] = {}
+        self._ends: dict[Layout, float] = {}
 
     def estimate(self, layout: Layout) -> Estimate:
         """Price `layout` by playing its schedule. Raises UserError for a layout that cannot be run."""
@@ -113,7 +114,7 @@ class Estimator:
             self._passing(self.durations(p.pieces, layout, shared=False), self._passes(p, layout)) for p in stages.values()
         ]
         seconds = {stage: each for at, p in stages.items() for each in [self._chunk_seconds(p, layout)] for stage in at}
-        timeline = play_layout(layout, m, [seconds[stage] for stage in range(layout.pp)], send)
+        timeline = play_layout(layout, m, [seconds[stage] for stage in range(layout.pp)], send, self._ends.get(layout))
         end = max(self._step_end(p, layout, d) for p, d in zip(stages.values(), alone, strict=True))
         # On the timeline no send waits for another, but a stage has one link, which they all share.
         sending = max(len(p.boundary) for p in stages.values()) * m * send
@@ -162,7 +163,7 @@ class Estimator:
             if self.cluster.node.compute_slots is not None:
                 busy = self.durations(pieces, layout, shared=True)
                 floor += (busy.forward + busy.backward) * len(members) * m / layout.pp
-        pipelined = step_end(layout, m, seconds, send)
+        pipelined = self._ends[layout] = step_end(layout, m, seconds, send)
         step = max(pipelined, floor if layout.world > 1 else 0.0, most * m * send) + end
         peak = max(self._peaks(layout))
         return Price(step, peak, peak <= self.cluster.accelerator.memory_bytes)

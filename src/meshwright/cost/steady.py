@@ -24,9 +24,11 @@ MORE = 2
 """Rounds that a cycle must have come again for, at the least."""
 
 
-def play_layout(layout: Layout, micro_batches: int, seconds: Sequence[Sequence[ChunkSeconds]], send: float) -> Timeline:
-    """What `play` makes of the layout's schedule; only what is asked for its spans plays all of it."""
-    end = step_end(layout, micro_batches, seconds, send)
+def play_layout(
+    layout: Layout, micro_batches: int, seconds: Sequence[Sequence[ChunkSeconds]], send: float, end: float | None = None
+) -> Timeline:
+    """What `play` makes of the layout's schedule; only what is asked for its spans plays all of it. `end`: its `step_end`, if known."""
+    end = step_end(layout, micro_batches, seconds, send) if end is None else end
     whole = partial(_whole, layout, micro_batches)
     return Timeline(micro_batches, seconds, send, end, whole)
 
