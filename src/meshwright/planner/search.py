@@ -32,7 +32,7 @@ from meshwright.spec.legality import check_layout, check_room
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
-FIRST_BLOCK = 256
+FIRST_BLOCK = 1024
 """Combinations that get their tighter bounds at once."""
 GROWTH = 4
 """Of each further block."""
@@ -188,9 +188,9 @@ class _Search:
         most = SMALL_SPACE if small else MOST_PLAYED
         leaders = [float("inf")] * top
         while True:
-            # What is no quicker than the last of the leaders is of no use; after many plays, nor is what is hardly quicker than the best.
-            many = len(self.played) >= PLAYED and leaders[-1] < float("inf") and not small
-            enough = leaders[0] * (1 - CLOSE) if many else leaders[-1]
+            # What is no quicker than the last of the leaders is of no use; after many plays, nor is what is hardly quicker.
+            many = len(self.played) >= PLAYED and not small
+            enough = leaders[-1] * (1 - CLOSE) if many else leaders[-1]
             unseen = float(least[order[start]]) if start < len(order) else float("inf")
             # The first to be played need not be the first of all: once steps are known, most others need no bound of their own.
             known = leaders[-1] < float("inf") or queue.least > FAR * unseen
