@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from math import prod, sqrt
+from math import log, prod, sqrt
 
 import pytest
 from hypothesis import assume, given
@@ -26,7 +26,7 @@ from meshwright.cost.result import Estimate
 from meshwright.cost.traffic import collectives, step_collectives, step_traffic
 from meshwright.schedule.orders import layout_schedule
 from meshwright.schedule.stages import rank_shards
-from meshwright.spec.catalogue import load_cluster
+from meshwright.spec.catalogue import load_accelerator, load_cluster
 from meshwright.spec.cluster import AttentionPoint, Cluster, CollectivePoint, MatmulPoint, Measured
 from meshwright.spec.collectives import load_collective_constants
 from meshwright.spec.errors import UserError
@@ -660,6 +660,14 @@ def test_a_large_all_reduce_by_hand() -> None:
     assert t.seconds(Collective("dp", "all_reduce", 512, 8, 2**20)) == pytest.approx(
         14e-6 + 2 * 9 * 8.5e-6 + 2 * 2**20 / (0.78 * 48.5e9), rel=0.01
     )
+
+
+def test_rings_of_cards_behind_several_sockets_have_the_rates_that_were_measured() -> None:
+    """From the catalogue by ranks; between them a straight line in log-log."""
+    l40s = load_cluster("h100-superpod").model_copy(update={"accelerator": load_accelerator("l40s")})
+    for ranks, rate in ((2, 19.6e9), (4, 4.8e9), (8, 1.5e9), (6, 4.8e9 * (1.5 / 4.8) ** (log(6 / 4) / log(2)))):
+        seconds = times(l40s).seconds(Collective("tp", "all_gather", ranks, 1, 10**10))
+        assert seconds == pytest.approx((ranks - 1) / ranks * 1e10 / rate, rel=1e-3)
 
 
 def test_a_pair_on_a_mesh_has_one_link_and_no_call_is_quicker_than_its_floor() -> None:

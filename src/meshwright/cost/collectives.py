@@ -204,6 +204,8 @@ class CollectiveTimes:
         """Of the group's ranks of one domain."""
         links = self.cluster.accelerator.scale_up
         constants = self.constants.scale_up[links.kind]
+        if links.ring_bandwidth:
+            return interpolate(sorted(links.ring_bandwidth.items()), self._members(c))
         inside = links.effective_bandwidth or constants.plateau_share * links.bandwidth
         if links.topology == "mesh" and links.pair_bandwidth:
             # A ring within part of a mesh has only the links to its members.

@@ -35,6 +35,8 @@ class ScaleUp(_Frozen):
     """Bytes/s between two accelerators; below `bandwidth` on meshes."""
     effective_bandwidth: Positive | None = None
     """What a ring collective reaches, where a source says so."""
+    ring_bandwidth: dict[int, Positive] = Field(default_factory=dict)
+    """The same by ranks, where it depends on them: cards behind several switches and sockets."""
     topology: str = "switch"
     latency_share: Positive = 1.0
     """Of the latencies of this kind of link (catalogue/collectives.yaml), where a measurement says otherwise."""

@@ -13,7 +13,7 @@ They are meant for this alpha-beta model (NCCL v2.30.7 src/graph/tuning.cc; fact
     point to point     p2p_latency + bytes / (p2p_share * pair rate)
 
 hops: 2 (n - 1) for all-reduce, n - 1 for all-gather and reduce-scatter, each at the latency of the link it crosses.
-rate: `effective_bandwidth` of the scale-up links where it is known, else plateau_share * line rate.
+rate: `ring_bandwidth` or `effective_bandwidth` of the scale-up links where one is known, else plateau_share * line rate.
 """
 
 from __future__ import annotations
