@@ -19,7 +19,8 @@ from meshwright.cost.economics import DAY, daly_interval, effective_time_ratio, 
 from meshwright.cost.economics import mean_time_between_failures as between_failures
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.ops import Collective, Op, Under
-from meshwright.cost.pieces import Shapes, layer_piece
+from meshwright.cost.parts import Shapes
+from meshwright.cost.pieces import layer_piece
 from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.result import Estimate
 from meshwright.cost.timeline import ChunkSeconds, Timeline, lockstep_utilisation, play

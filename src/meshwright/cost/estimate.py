@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields, replace
 from meshwright.cost.adapt import as_practised, with_buckets_of, with_gradients_of
 from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.durations import Durations, OnLinks, PieceTimes
+from meshwright.cost.experts import fullest_rank
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
 from meshwright.cost.memory import StageMemory, beside_bytes, in_flight_bytes, passing_bytes, stage_memories, state_bytes
 from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
 from meshwright.cost.ops import Collective, Piece, Under
 from meshwright.cost.peak import Fullest
-from meshwright.cost.pieces import fullest_rank
 from meshwright.cost.practice import OWN, Practice
 from meshwright.cost.program import Pieces, Place, Program, boundary, chunk_pieces, rank_program
 from meshwright.cost.result import CollectiveCost, Estimate, Price

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from meshwright.cost.ops import Collective, CollectiveOp, Elementwise, Piece
-from meshwright.cost.pieces import Shapes, embedding_piece, head_piece, layer_piece
+from meshwright.cost.parts import Shapes
+from meshwright.cost.pieces import embedding_piece, head_piece, layer_piece
 from meshwright.schedule.buckets import Bucket, plan_buckets
 from meshwright.schedule.stages import Chunk, rank_shards, stage_chunks
 from meshwright.spec.layout import Layout

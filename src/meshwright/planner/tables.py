@@ -10,21 +10,13 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from meshwright.cost.attention import attention_core
 from meshwright.cost.estimate import Estimator
+from meshwright.cost.experts import expert_outputs, routed, shared_expert
 from meshwright.cost.ops import PART, Op, Piece
+from meshwright.cost.parts import Part, Shapes, gated_mlp
 from meshwright.cost.peak import put_off_bytes
-from meshwright.cost.pieces import (
-    Part,
-    Shapes,
-    attention_core,
-    coreless_layer_piece,
-    embedding_piece,
-    expert_outputs,
-    gated_mlp,
-    head_piece,
-    routed,
-    shared_expert,
-)
+from meshwright.cost.pieces import coreless_layer_piece, embedding_piece, head_piece
 from meshwright.planner.space import Bools, Floats, Ints, Local, Space
 from meshwright.spec.layout import Layout
 from meshwright.spec.precision import STATE_BYTES
