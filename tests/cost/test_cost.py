@@ -413,7 +413,7 @@ def test_a_link_does_one_thing_at_a_time(text: str, slower: int) -> None:
     estimator = Estimator(load_model("mixtral-8x7b"), cluster, Workload(4096, 8))
     program = estimator.programs(layout)[0]
     alone = estimator.durations(program.pieces, layout, shared=False)
-    passing = estimator._passing(alone, estimator._passes(program, layout))
+    passing = estimator.overlap.passing(alone, estimator.overlap.passes(program, layout))
     carried = estimator.pieces.on_links(program.gathers[0]).and_(alone.forward_links)
     assert carried.network == 0
     assert passing.forward >= carried.scale_up * (1 - 1e-9)

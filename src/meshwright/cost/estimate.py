@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from meshwright.cost.adapt import as_practised, with_buckets_of, with_gradients_of
@@ -11,15 +11,15 @@ from meshwright.cost.durations import Durations, OnLinks, PieceTimes
 from meshwright.cost.experts import fullest_rank
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
 from meshwright.cost.memory import StageMemory, beside_bytes, in_flight_bytes, passing_bytes, stage_memories, state_bytes
-from meshwright.cost.offload import PLACES, Links, OffloadCost, away, offload_links
-from meshwright.cost.ops import Collective, Piece, Under
+from meshwright.cost.offload import OffloadCost
+from meshwright.cost.ops import Piece
+from meshwright.cost.overlap import Overlap, Passes
 from meshwright.cost.peak import Fullest
 from meshwright.cost.practice import OWN, Practice
-from meshwright.cost.program import Pieces, Place, Program, boundary, chunk_pieces, rank_program
+from meshwright.cost.program import Pieces, Place, Program, StagePrograms, boundary, chunk_pieces, rank_program
 from meshwright.cost.result import CollectiveCost, Estimate, Price
 from meshwright.cost.steady import play_layout, step_end
 from meshwright.cost.timeline import ChunkSeconds, Timeline
-from meshwright.cost.traffic import step_collectives
 from meshwright.cost.units import unit_buffer_bytes
 from meshwright.schedule.orders import brief_order
 from meshwright.schedule.stages import alike_stages
@@ -31,29 +31,6 @@ from meshwright.spec.legality import check_layout, check_room, micro_batches, re
 from meshwright.spec.model import Model
 from meshwright.spec.residuals import ErrorBar, load_residuals, step_class
 from meshwright.spec.workload import Workload
-
-
-@dataclass(frozen=True, slots=True)
-class Passes:
-    """Seconds of what the state of a stage needs in each forward and backward of a micro-batch."""
-
-    forward: float = 0.0
-    """ZeRO's communication."""
-    backward: float = 0.0
-    casts: float = 0.0
-    """Of parameters, in either."""
-    forward_read: float = 0.0
-    """Reading offloaded parameters."""
-    backward_read: float = 0.0
-    forward_scale_up: float = 0.0
-    """Of ZeRO's communication, what the links of a domain carry; so, too, the next three."""
-    forward_network: float = 0.0
-    backward_scale_up: float = 0.0
-    backward_network: float = 0.0
-
-    def of_one(self, chunks: int) -> Passes:
-        """Shared out evenly."""
-        return Passes(*(getattr(self, name) / chunks for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +48,6 @@ class _State:
     program: Program
     """Whose chunks are of one micro-batch and recompute."""
 
-
-_Programs = dict[tuple[int, ...], Program]
-"""Of groups of stages, in the order of their first."""
 
 _STATE_FIELDS = tuple(f.name for f in fields(Layout) if f.name != "micro_batch" and not f.name.startswith("recompute"))
 
@@ -98,6 +72,7 @@ class Estimator:
         self.overhead = self.constants.overhead_bytes if given is None else given
         self.pieces = PieceTimes(cluster, practice, self.constants, self.times)
         self.durations, self.kernels = self.pieces.durations, self.pieces.kernels
+        self.overlap = Overlap(self.pieces, workload)
         self._adapted: dict[tuple[object, ...], tuple[Piece, Piece]] = {}
         self._states: dict[tuple[object, ...], _State] = {}
         self._ends: dict[Layout, float] = {}
@@ -111,27 +86,28 @@ class Estimator:
         memory = (one for at, p in stages.items() for one in stage_memories(p, layout, schedule, at, self.overhead))
         send = self.send_seconds(layout)
         alone = [
-            self._passing(self.durations(p.pieces, layout, shared=False), self._passes(p, layout)) for p in stages.values()
+            self.overlap.passing(self.durations(p.pieces, layout, shared=False), self.overlap.passes(p, layout))
+            for p in stages.values()
         ]
         seconds = {stage: each for at, p in stages.items() for each in [self._chunk_seconds(p, layout)] for stage in at}
         timeline = play_layout(layout, m, [seconds[stage] for stage in range(layout.pp)], send, self._ends.get(layout))
-        end = max(self._step_end(p, layout, d) for p, d in zip(stages.values(), alone, strict=True))
+        end = max(self.overlap.step_end(p, layout, d) for p, d in zip(stages.values(), alone, strict=True))
         # On the timeline no send waits for another, but a stage has one link, which they all share.
         sending = max(len(p.boundary) for p in stages.values()) * m * send
         step = max(timeline.end, self._shared_floor(layout, stages), sending) + end
         # Between fill and drain a send runs beside computation; filling and draining wait for one hop a stage each.
         under_pairs = [timeline.hidden(at[0]) for at in stages]
-        costs = self._collective_costs(stages, layout, alone, under_pairs, 2 * (layout.pp - 1) * send)
+        costs = self.overlap.collective_costs(stages, layout, alone, under_pairs, 2 * (layout.pp - 1) * send)
         compute = max(d.compute for d in alone) * m
         kernels = self.kernels(layout, shared=True)
         optimizer = max(kernels.elementwise(p.optimizer) for p in stages.values())
-        work, offload = {"compute": compute, "optimizer": optimizer}, self._offload_cost(stages, layout)
+        work, offload = {"compute": compute, "optimizer": optimizer}, self.overlap.offload_cost(stages, layout)
         if offload is not None:
             work["offload exposed"] = offload.exposed_s
         recomputed, ordered = self._recomputed_share(stages, layout), sorted(memory, key=lambda one: one.stage)
         return self._result(layout, step, timeline, tuple(ordered), costs, work, offload, recomputed)
 
-    def _recomputed_share(self, stages: _Programs, layout: Layout) -> float:
+    def _recomputed_share(self, stages: StagePrograms, layout: Layout) -> float:
         """FLOPs that all ranks run again, over those that the model needs."""
         experts, uneven = self.model.experts, self.workload.expert_imbalance
         fullest = fullest_rank(experts, layout, uneven) if experts else 1.0
@@ -153,10 +129,11 @@ class Estimator:
             state, chunks = self._state(layout, members[0]), self._chunks(layout, members[0])
             pieces = tuple(piece for chunk in chunks for piece in chunk)
             each = [
-                self._passing(self.durations(c, layout, shared=False), state.passes.of_one(len(chunks))) for c in chunks
+                self.overlap.passing(self.durations(c, layout, shared=False), state.passes.of_one(len(chunks)))
+                for c in chunks
             ]
-            whole = self._passing(self.durations(pieces, layout, shared=False), state.passes)
-            end = max(end, self._exposed_reduction(state.reductions, state.links, whole) + state.rest)
+            whole = self.overlap.passing(self.durations(pieces, layout, shared=False), state.passes)
+            end = max(end, self.overlap.exposed_reduction(state.reductions, state.links, whole) + state.rest)
             most = max(most, len(boundary(self.model, layout, self.workload.seq, members[0])))
             for stage in members:
                 seconds[stage] = [self._in_schedule(d, layout) for d in each]
@@ -202,8 +179,8 @@ class Estimator:
             self._states[key] = _State(
                 tuple(self.times.seconds(c) for c in program.gradient_reductions),
                 self.pieces.on_links(program.gradient_reductions),
-                self._rest(program, layout),
-                self._passes(program, layout),
+                self.overlap.rest(program, layout),
+                self.overlap.passes(program, layout),
                 self._state_bytes(program, layout) + unit_buffer_bytes(program, layout),
                 program,
             )
@@ -218,7 +195,7 @@ class Estimator:
         each = {stage: program for members, program in self._programs(layout).items() for stage in members}
         return [each[stage] for stage in range(layout.pp)]
 
-    def _programs(self, layout: Layout) -> _Programs:
+    def _programs(self, layout: Layout) -> StagePrograms:
         out = {}
         for members in alike_stages(self.model, layout):
             program = self.reduced_program(layout, Place(members[0]))
@@ -251,78 +228,10 @@ class Estimator:
         check_room(layout, self.cluster)
         _ = self.kernels(layout, shared=False).peak_flops
 
-    def _passes(self, program: Program, layout: Layout) -> Passes:
-        """Parameter gathers and gradient reductions that ZeRO-2 and 3 do in each pass, casts, and reads of what is offloaded."""
-        forward, backward = (sum(self.times.seconds(c) for c in gathers) for gathers in program.gathers)
-        casts = self.kernels(layout, shared=False).elementwise(program.casts) if program.casts.bytes else 0.0
-        backward += sum(self.times.seconds(c) for c in program.scatters)
-        carried = (
-            *self.pieces.on_links(program.gathers[0]),
-            *self.pieces.on_links((*program.gathers[1], *program.scatters)),
-        )
-        if layout.offload != "all":
-            return Passes(forward, backward, casts, 0.0, 0.0, *carried)
-        moved, links = away(program, layout), self._links(layout)
-        reads = links.seconds(moved.forward_read, 0), links.seconds(moved.backward_read, 0)
-        return Passes(forward, backward, casts, *reads, *carried)
-
-    def _passing(self, d: Durations, passes: Passes) -> Durations:
-        """`d` with communication and reads of each pass that run under its computation, of which what does not fit is exposed, and
-        with the casts that its computation waits for."""
-        forward_links = OnLinks(passes.forward_scale_up, passes.forward_network)
-        backward_links = OnLinks(passes.backward_scale_up, passes.backward_network)
-        forward = self._exposed_pass(passes.forward, passes.forward_read, d.forward, forward_links, d.forward_links)
-        backward = self._exposed_pass(passes.backward, passes.backward_read, d.backward, backward_links, d.backward_links)
-        forward, backward = forward + passes.casts, backward + passes.casts
-        return replace(d, forward=d.forward + forward, backward=d.backward + backward, compute=d.compute + 2 * passes.casts)
-
-    def _exposed_pass(self, sent: float, read: float, work: float, links: OnLinks, own: OnLinks) -> float:
-        """Links to other ranks and to the host are busy at the same time, except where ranks share the cores that move the bytes.
-        `own`: what the pass itself puts on the `links`."""
-        if not self.times.hides:
-            return sent + read
-        return self.pieces.beside(max(sent, read), work, max(links.and_(own)))
-
-    def _links(self, layout: Layout) -> Links:
-        return offload_links(self.cluster, layout, self.kernels(layout, shared=True).memory_bandwidth)
-
-    def _exposed_update(self, program: Program, layout: Layout) -> float:
-        """Offloaded state is read and written beside the update of other buckets, but for the first read and the last write."""
-        if layout.offload == "none":
-            return 0.0
-        moved, links = away(program, layout), self._links(layout)
-        seconds = links.seconds(moved.update_read, moved.update_written)
-        if not self.times.hides:
-            return seconds
-        update = self.kernels(layout, shared=True).elementwise(program.optimizer)
-        ends = links.seconds(moved.first_read, 0) + links.seconds(0, moved.last_written)
-        return max(0.0, seconds - update) + min(seconds, ends)
-
-    def _offload_cost(self, stages: _Programs, layout: Layout) -> OffloadCost | None:
-        if layout.offload == "none":
-            return None
-        m, links = micro_batches(layout, self.workload), self._links(layout)
-        each = [(away(program, layout), members[0], program) for members, program in stages.items()]
-        moved, stage, program = max(each, key=lambda one: one[0].kept)
-        passes, d = self._passes(program, layout), self.durations(program.pieces, layout, shared=False)
-        without = replace(passes, forward_read=0.0, backward_read=0.0)
-        with_reads, bare = self._passing(d, passes), self._passing(d, without)
-        exposed = m * (with_reads.forward + with_reads.backward - bare.forward - bare.backward)
-        update = links.seconds(moved.update_read, moved.update_written)
-        return OffloadCost(
-            where=PLACES[layout.offload_to],
-            stage=stage,
-            kept_bytes=moved.kept,
-            read_bytes=moved.read(m),
-            written_bytes=moved.written,
-            time_s=update + m * (passes.forward_read + passes.backward_read),
-            exposed_s=exposed + self._exposed_update(program, layout),
-        )
-
     def _chunk_seconds(self, program: Program, layout: Layout) -> list[ChunkSeconds]:
         """Of each chunk of a stage; what ZeRO sends is shared out evenly."""
-        passes = self._passes(program, layout).of_one(len(program.chunks))
-        each = [self._passing(self.durations(pieces, layout, shared=False), passes) for pieces in program.chunks]
+        passes = self.overlap.passes(program, layout).of_one(len(program.chunks))
+        each = [self.overlap.passing(self.durations(pieces, layout, shared=False), passes) for pieces in program.chunks]
         return [self._in_schedule(d, layout) for d in each]
 
     def _in_schedule(self, d: Durations, layout: Layout) -> ChunkSeconds:
@@ -335,92 +244,12 @@ class Estimator:
         sends = boundary(self.model, layout, self.workload.seq, 0)
         return self.times.seconds(sends[0]) if sends else 0.0
 
-    def _shared_floor(self, layout: Layout, stages: _Programs) -> float:
+    def _shared_floor(self, layout: Layout, stages: StagePrograms) -> float:
         """Where ranks share cores, the step cannot be shorter than all the work at the rate that all of them together reach."""
         if self.cluster.node.compute_slots is None or layout.world == 1:
             return 0.0
         busy = [(self.durations(p.pieces, layout, shared=True), len(at)) for at, p in stages.items()]
         return micro_batches(layout, self.workload) * sum((d.forward + d.backward) * count for d, count in busy) / layout.pp
-
-    def _step_end(self, program: Program, layout: Layout, d: Durations) -> float:
-        """After the last backward: what is left of the gradient reduction, the step's other collectives, the optimizer."""
-        reductions = tuple(self.times.seconds(c) for c in program.gradient_reductions)
-        links = self.pieces.on_links(program.gradient_reductions)
-        return self._exposed_reduction(reductions, links, d) + self._rest(program, layout)
-
-    def _rest(self, program: Program, layout: Layout) -> float:
-        """The step's other collectives, the optimizer, and what it waits for of offloaded state."""
-        if self.practice.frozen:
-            return 0.0
-        hidden = ("all_gather",) if self.practice.overlaps_gathers and self.times.hides else ()
-        sent = sum(self.times.seconds(c) for c in program.step_end if c.op not in hidden) + self._exposed_update(
-            program, layout
-        )
-        return sent + self.kernels(layout, shared=True).elementwise(program.optimizer)
-
-    def _exposed_reduction(self, reductions: Sequence[float], links: OnLinks, d: Durations) -> float:
-        """All but the last bucket can run under the last micro-batch's backward, beside what that puts on the `links` that they take."""
-        if self.practice.frozen:
-            return 0.0
-        if not reductions or not self.times.hides or not self.practice.overlaps_gradients:
-            return sum(reductions)
-        return max(reductions[-1], self.pieces.beside(sum(reductions), d.backward, max(links.and_(d.backward_links))))
-
-    def _collective_costs(
-        self,
-        stages: _Programs,
-        layout: Layout,
-        alone: list[Durations],
-        under_pairs: Sequence[float],
-        exposed_sends: float,
-    ) -> tuple[CollectiveCost, ...]:
-        """`alone` and `under_pairs`, seconds of communication with experts that the other pass of a pair hides: of each group of stages."""
-        m = micro_batches(layout, self.workload)
-        best: dict[tuple[str, str, int], CollectiveCost] = {}
-        for (members, program), d, under_pair in zip(stages.items(), alone, under_pairs, strict=True):
-            hidden = self._hidden_by_kind(program, layout, d, m)
-            rows: dict[tuple[str, str, int], list[tuple[Collective, int]]] = {}
-            for c, times in step_collectives(program, m):
-                rows.setdefault((c.axis, c.op, c.group_size), []).append((c, times))
-            for key, calls in rows.items():
-                seconds = sum(self.times.seconds(c) * times for c, times in calls)
-                beside = hidden.get(key, 0.0) + (under_pair if key[0] == "ep" else 0.0)  # which is all of one kind
-                exposed = exposed_sends if key[:2] == ("pp", "send") else max(0.0, seconds - beside)
-                nbytes = sum(c.bytes * times for c, times in calls)
-                if key not in best or nbytes > best[key].bytes:
-                    link = self.times.link(calls[0][0])
-                    best[key] = CollectiveCost(*key, members[0], link, sum(t for _, t in calls), nbytes, seconds, exposed)
-        return tuple(best[key] for key in sorted(best))
-
-    def _hidden_by_kind(self, program: Program, layout: Layout, d: Durations, m: int) -> dict[tuple[str, str, int], float]:
-        """Seconds of communication that run under computation, by (axis, op, group size)."""
-        kernels = self.kernels(layout, shared=False)
-        hidden: dict[tuple[str, str, int], float] = {}
-        for piece, repeat in program.pieces:
-            for op in (*piece.forward, *piece.backward):
-                if isinstance(op, Under):
-                    c = op.collective
-                    gained = self.times.seconds(c) * op.calls - self.pieces.exposed(op, self.pieces.work(op, kernels))
-                    key = (c.axis, c.op, c.group_size)
-                    hidden[key] = hidden.get(key, 0.0) + gained * repeat * m
-        bare = self.durations(program.pieces, layout, shared=False)
-        for calls, work, own in (
-            (program.gathers[0], bare.forward, bare.forward_links),
-            ((*program.gathers[1], *program.scatters), bare.backward, bare.backward_links),
-        ):
-            together = sum(self.times.seconds(c) for c in calls)
-            exposed = self._exposed_pass(together, 0.0, work, self.pieces.on_links(calls), own)
-            share = 1 - exposed / together if together else 0.0
-            for c in calls:
-                key = (c.axis, c.op, c.group_size)
-                hidden[key] = hidden.get(key, 0.0) + self.times.seconds(c) * share * m
-        reductions = [self.times.seconds(c) for c in program.gradient_reductions]
-        if reductions:
-            c = program.gradient_reductions[0]
-            hidden[c.axis, c.op, c.group_size] = sum(reductions) - self._exposed_reduction(
-                reductions, self.pieces.on_links(program.gradient_reductions), d
-            )
-        return hidden
 
     def _result(
         self,
@@ -458,7 +287,7 @@ class Estimator:
                 "compute": kernels.evidence,
                 "communication": self.times.evidence,
                 "memory": "formula: the engine's own buffers",
-                **({"offload": self._links(layout).evidence} if offload else {}),
+                **({"offload": self.overlap.links(layout).evidence} if offload else {}),
             },
             error_bar=self._error_bar(layout),
             offload=offload,

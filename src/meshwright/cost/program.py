@@ -73,6 +73,10 @@ class Place:
         return Seat(self.tp, self.ep, self.etp)
 
 
+StagePrograms = dict[tuple[int, ...], Program]
+"""Of groups of stages that hold the same, in the order of their first."""
+
+
 def rank_program(model: Model, layout: Layout, workload: Workload, place: Place) -> Program:
     """The program of the rank at `place`. The layout must have passed `spec.legality.check_layout`."""
     buckets = plan_buckets(rank_shards(model, layout, place.stage, place.seat), layout)
