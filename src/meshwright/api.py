@@ -162,11 +162,12 @@ def recompute(
     seq: int,
     global_batch: int,
     memory_budget: str | int,
+    expert_imbalance: float = 1.0,
 ) -> Fitted:
     """Choose what `layout` recomputes so that a rank stays within `memory_budget` (bytes, or such as "60GiB"), at the least cost in
     time; other arguments as in `estimate`. Raises UserError when even recomputing all is not enough."""
     parsed = parse_layout(layout) if isinstance(layout, str) else layout
-    estimator = Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch))
+    estimator = Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch, expert_imbalance))
     return fit_recompute(estimator, parsed, parse_bytes(memory_budget))
 
 

@@ -463,3 +463,20 @@ def test_plan_names_the_ways_out_when_nothing_fits(run: Any) -> None:
     assert "ways out, the cheapest first" in said.out
     assert "offload" in said.out
     assert len(json.loads(run(*args, "--json").out)["ways_out"]) == 3
+
+
+def test_uneven_experts_are_priced_with_a_memory_budget_and_refused_beside_a_dry_run(run: Any) -> None:
+    asked = (
+        "estimate", "--model", "mixtral-8x7b", "--cluster", "h100-superpod", "--seq", "4096", "--global-batch", "256", "--layout",
+        "dp16:zero1 pp4 ep8 mb1", "--json",
+    )  # fmt: skip
+    even, uneven = (
+        json.loads(run(*asked, "--memory-budget", "60GiB", "--expert-imbalance", given).out) for given in ("1", "3")
+    )
+    assert uneven["expert_imbalance"] == 3
+    assert even["layout"] != uneven["layout"]  # more must run again
+    assert even["step_time_s"] < uneven["step_time_s"]
+    refused = run(*asked, "--check", "--expert-imbalance", "2")
+    assert refused.status == 2
+    assert refused.err.count("\n") == 1
+    assert "without --expert-imbalance" in refused.err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,6 +39,12 @@ def estimate(
 ) -> None:
     """Price one layout: memory, communication, time."""
     if check:
+        if expert_imbalance != 1.0:
+            from meshwright.spec.errors import UserError
+
+            raise UserError(
+                "--check compares with a dry run, whose experts get equal rows: give it without --expert-imbalance"
+            )
         _check(model, layout, seq, global_batch, json)
         return
     from meshwright.api import estimate as price
@@ -46,21 +52,14 @@ def estimate(
     from meshwright.report.estimate import estimate_report
     from meshwright.report.recompute import fitted_dict, fitted_line
 
+    asked: dict[str, Any] = {
+        "model": model, "cluster": cluster, "seq": seq, "global_batch": global_batch, "expert_imbalance": expert_imbalance
+    }  # fmt: skip
     chosen, line = {}, None
     if memory_budget is not None:
-        fitted = recompute(
-            model=model, cluster=cluster, seq=seq, global_batch=global_batch, layout=layout, memory_budget=memory_budget
-        )
+        fitted = recompute(**asked, layout=layout, memory_budget=memory_budget)
         layout, chosen, line = str(fitted.best.layout), {"memory_budget": fitted_dict(fitted)}, fitted_line(fitted)
-    priced = price(
-        model=model,
-        cluster=cluster,
-        gpus=gpus,
-        seq=seq,
-        global_batch=global_batch,
-        layout=layout,
-        expert_imbalance=expert_imbalance,
-    )
+    priced = price(**asked, gpus=gpus, layout=layout)
     if json:
         print_json(priced.as_dict() | chosen)
     else:

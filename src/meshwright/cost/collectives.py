@@ -64,21 +64,24 @@ class CollectiveTimes:
         floor = constants.floors.get(c.op, 0.0)
         if c.op == "all_to_all":
             return Curve(self._all_to_all(c), floor)
-        ways = (self._rings, self._in_switch, self._tree, self._switch_tree, self._pat)
-        return Curve(_lowest(line for way in ways for line in way(c)), floor)
+        return Curve(_lowest(line for lines in self._ways(c).values() for line in lines), floor)
 
     def algorithm(self, c: Collective) -> Algorithm:
         """The one that an all-gather, reduce-scatter or all-reduce takes least time by; other operations have none to choose."""
         if c.op not in WIRE_FACTOR:
             return "ring"
-        ways: dict[Algorithm, Lines] = {
+        ways = self._ways(c)
+        return min((way for way, lines in ways.items() if lines), key=lambda way: Curve(ways[way]).seconds(c.bytes))
+
+    def _ways(self, c: Collective) -> dict[Algorithm, Lines]:
+        """Of an all-gather, reduce-scatter or all-reduce; without lines where it cannot be done so."""
+        return {
             "ring": self._rings(c),
             "in-switch": self._in_switch(c),
             "tree": self._tree(c),
             "switch-tree": self._switch_tree(c),
             "pat": self._pat(c),
         }
-        return min((way for way, lines in ways.items() if lines), key=lambda way: Curve(ways[way]).seconds(c.bytes))
 
     def _rings(self, c: Collective) -> Lines:
         protocols = self.constants.link(self.cluster, self.link(c)).protocols

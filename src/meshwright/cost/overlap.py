@@ -23,23 +23,19 @@ from meshwright.spec.workload import Workload
 class Passes:
     """Seconds of what the state of a stage needs in each forward and backward of a micro-batch."""
 
-    forward: float = 0.0
+    forward: OnLinks
     """ZeRO's communication."""
-    backward: float = 0.0
-    casts: float = 0.0
+    backward: OnLinks
+    casts: float
     """Of parameters, in either."""
     forward_read: float = 0.0
     """Reading offloaded parameters."""
     backward_read: float = 0.0
-    forward_scale_up: float = 0.0
-    """Of ZeRO's communication, what the links of a domain carry; so, too, the next three."""
-    forward_network: float = 0.0
-    backward_scale_up: float = 0.0
-    backward_network: float = 0.0
 
     def of_one(self, chunks: int) -> Passes:
         """Shared out evenly."""
-        return Passes(*(getattr(self, name) / chunks for name in self.__slots__))
+        forward, backward = (OnLinks(*(seconds / chunks for seconds in sent)) for sent in (self.forward, self.backward))
+        return Passes(forward, backward, self.casts / chunks, self.forward_read / chunks, self.backward_read / chunks)
 
 
 class Overlap:
@@ -50,35 +46,27 @@ class Overlap:
 
     def passes(self, program: Program, layout: Layout) -> Passes:
         """Parameter gathers and gradient reductions that ZeRO-2 and 3 do in each pass, casts, and reads of what is offloaded."""
-        forward, backward = (sum(self.pieces.times.seconds(c) for c in gathers) for gathers in program.gathers)
+        gathers = program.gathers
+        forward, backward = (self.pieces.on_links(calls) for calls in (gathers[0], (*gathers[1], *program.scatters)))
         casts = self.pieces.kernels(layout, shared=False).elementwise(program.casts) if program.casts.bytes else 0.0
-        backward += sum(self.pieces.times.seconds(c) for c in program.scatters)
-        carried = (
-            *self.pieces.on_links(program.gathers[0]),
-            *self.pieces.on_links((*program.gathers[1], *program.scatters)),
-        )
         if layout.offload != "all":
-            return Passes(forward, backward, casts, 0.0, 0.0, *carried)
+            return Passes(forward, backward, casts)
         moved, links = away(program, layout), self.links(layout)
-        reads = links.seconds(moved.forward_read, 0), links.seconds(moved.backward_read, 0)
-        return Passes(forward, backward, casts, *reads, *carried)
+        return Passes(forward, backward, casts, links.seconds(moved.forward_read, 0), links.seconds(moved.backward_read, 0))
 
     def passing(self, d: Durations, passes: Passes) -> Durations:
         """`d` with communication and reads of each pass that run under its computation, of which what does not fit is exposed, and
         with the casts that its computation waits for."""
-        forward_links = OnLinks(passes.forward_scale_up, passes.forward_network)
-        backward_links = OnLinks(passes.backward_scale_up, passes.backward_network)
-        forward = self._exposed_pass(passes.forward, passes.forward_read, d.forward, forward_links, d.forward_links)
-        backward = self._exposed_pass(passes.backward, passes.backward_read, d.backward, backward_links, d.backward_links)
-        forward, backward = forward + passes.casts, backward + passes.casts
+        forward = self._exposed_pass(passes.forward, passes.forward_read, d.forward, d.forward_links) + passes.casts
+        backward = self._exposed_pass(passes.backward, passes.backward_read, d.backward, d.backward_links) + passes.casts
         return replace(d, forward=d.forward + forward, backward=d.backward + backward, compute=d.compute + 2 * passes.casts)
 
-    def _exposed_pass(self, sent: float, read: float, work: float, links: OnLinks, own: OnLinks) -> float:
+    def _exposed_pass(self, sent: OnLinks, read: float, work: float, own: OnLinks) -> float:
         """Links to other ranks and to the host are busy at the same time, except where ranks share the cores that move the bytes.
-        `own`: what the pass itself puts on the `links`."""
+        `own`: what the pass itself sends."""
         if not self.pieces.times.hides:
-            return sent + read
-        return self.pieces.beside(max(sent, read), work, max(links.and_(own)))
+            return sum(sent) + read
+        return self.pieces.beside(max(sum(sent), read), work, max(sent.and_(own)))
 
     def links(self, layout: Layout) -> Links:
         """To where a layout offloads."""
@@ -186,9 +174,8 @@ class Overlap:
             (program.gathers[0], bare.forward, bare.forward_links),
             ((*program.gathers[1], *program.scatters), bare.backward, bare.backward_links),
         ):
-            together = sum(self.pieces.times.seconds(c) for c in calls)
-            exposed = self._exposed_pass(together, 0.0, work, self.pieces.on_links(calls), own)
-            share = 1 - exposed / together if together else 0.0
+            sent = self.pieces.on_links(calls)
+            share = 1 - self._exposed_pass(sent, 0.0, work, own) / sum(sent) if any(sent) else 0.0
             for c in calls:
                 key = (c.axis, c.op, c.group_size)
                 hidden[key] = hidden.get(key, 0.0) + self.pieces.times.seconds(c) * share * m

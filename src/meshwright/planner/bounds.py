@@ -97,14 +97,10 @@ class ClosedForm:
         sharding, its = np.nonzero(legal)
         forward, backward = stages.forward[:, its], stages.backward[:, its]
         prices = self.state.price(shape.held, at[its], sharding)
-        gather, again, reduction = (
-            self._exposed(prices[:, rows], under, links[:, :, its])
-            for rows, under, links in (
-                (FORWARD, forward, stages.forward_links),
-                (BACKWARD, backward, stages.backward_links),
-                (REDUCTION, backward, stages.backward_links),
-            )
-        )
+        forward_links, backward_links = stages.forward_links[:, :, its], stages.backward_links[:, :, its]
+        gather = self._exposed(prices[:, FORWARD], forward, forward_links)
+        again = self._exposed(prices[:, BACKWARD], backward, backward_links)
+        reduction = self._exposed(prices[:, REDUCTION], backward + again, backward_links)
         rest, bytes_ = prices[:, REST], prices[:, BYTES]
         seconds = stages.bound(m, hop, its, forward + backward + gather + again)
         if self.estimator.cluster.node.compute_slots is not None and self.space.gpus > 1:

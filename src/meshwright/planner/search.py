@@ -37,7 +37,8 @@ FIRST_BLOCK = 1024
 GROWTH = 4
 """Of each further block."""
 PLAYED, CLOSE = 48, 5e-3
-"""Once so many layouts have been played, one that by its bound could be quicker by no more than this share is not played."""
+"""Once so many layouts have been played, one that by its bound could be quicker than the last of those shown by no more than this
+share is not played."""
 FAR = 1.5
 """Nothing is played first whose bound is above that of combinations still unseen by more than this factor."""
 MOST_PLAYED, SMALL_SPACE = 256, 4096

@@ -99,11 +99,9 @@ def wind_clock(schedule: Schedule) -> list[Waits]:
                 here += 1
             at[stage] = here
             moved = moved or here > first
-    if any(here < len(order) for here, order in zip(at, orders, strict=True)):
-        raise _stuck(
-            schedule,
-            {stage: _unit_at(units, at[stage]) for stage, units in enumerate(work) if at[stage] < len(orders[stage])},
-        )
+    waiting = {stage: _unit_at(units, at[stage]) for stage, units in enumerate(work) if at[stage] < len(orders[stage])}
+    if waiting:
+        raise _stuck(schedule, waiting)
     return out
 
 
