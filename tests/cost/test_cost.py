@@ -656,7 +656,7 @@ def test_a_large_all_reduce_by_hand() -> None:
     for op, way in (("all_reduce", "tree"), ("all_gather", "pat")):
         small = Collective("dp", op, 512, 8, 2**20)  # type: ignore[arg-type]
         assert t.algorithm(small) == way
-        assert t.algorithm(replace(small, bytes=2**36)) == "ring"
+        assert t.algorithm(small._replace(bytes=2**36)) == "ring"
     assert t.seconds(Collective("dp", "all_reduce", 512, 8, 2**20)) == pytest.approx(
         14e-6 + 2 * 9 * 8.5e-6 + 2 * 2**20 / (0.78 * 48.5e9), rel=0.01
     )

@@ -235,7 +235,7 @@ def test_narrow_products_cost_the_cast_of_their_activations() -> None:
     forward, weights = Gemm("mlp.up", 8192, 8192, 8192), Gemm("mlp.up dw", 8192, 8192, 8192)
     assert narrow.gemm(forward) < wide.gemm(forward)
     assert narrow.gemm(forward) - narrow.gemm(weights) == pytest.approx(4 * 8192**2 / narrow.memory_bandwidth)
-    assert narrow.gemm(replace(forward, name="head.weight")) == wide.gemm(replace(forward, name="head.weight"))
+    assert narrow.gemm(forward._replace(name="head.weight")) == wide.gemm(forward._replace(name="head.weight"))
 
 
 def test_the_engine_multiplies_linears_in_8_bits_and_nothing_else() -> None:

@@ -69,7 +69,7 @@ def with_gradients_of(program: Program, layout: Layout, practice: Practice) -> P
     size = practice.gradient_bytes or own
     sums = program.gradient_reductions
     if practice.whole_gradients and layout.zero < 2:
-        sums = tuple(replace(c, op="all_reduce") if c.op == "reduce_scatter" else c for c in sums)
+        sums = tuple(c._replace(op="all_reduce") if c.op == "reduce_scatter" else c for c in sums)
     elif size != own:
         sums = _resized(sums, size, own)
     if size == own:
@@ -79,12 +79,12 @@ def with_gradients_of(program: Program, layout: Layout, practice: Practice) -> P
         program,
         gradient_reductions=sums,
         scatters=_resized(program.scatters, size, own),
-        optimizer=replace(program.optimizer, bytes=program.optimizer.bytes - saved),
+        optimizer=program.optimizer._replace(bytes=program.optimizer.bytes - saved),
     )
 
 
 def _resized(calls: tuple[Collective, ...], size: int, own: int) -> tuple[Collective, ...]:
-    return tuple(replace(c, bytes=c.bytes * size // own) for c in calls)
+    return tuple(c._replace(bytes=c.bytes * size // own) for c in calls)
 
 
 def with_buckets_of(program: Program, size: int | None) -> Program:
@@ -155,7 +155,7 @@ def _loss(piece: Piece, practice: Practice, model: Model, layout: Layout, tokens
 
 def _scaled(ops: tuple[Op, ...], factor: float) -> Iterator[Op]:
     for op in ops:
-        yield replace(op, bytes=op.bytes * factor) if isinstance(op, Elementwise) and op.name == "loss" else op
+        yield op._replace(bytes=op.bytes * factor) if isinstance(op, Elementwise) and op.name == "loss" else op
 
 
 def is_recomputed(piece: Piece) -> bool:
@@ -186,7 +186,7 @@ def _summed_apart(op: Op) -> Op:
     if not isinstance(op, Under) or op.collective.op != "all_reduce":
         return op
     linears = sum(isinstance(work, Gemm) and work.name.startswith("mlp.gate_up") for work in op.work)
-    return replace(op, calls=linears) if linears > 1 else op
+    return op._replace(calls=linears) if linears > 1 else op
 
 
 def _without_gather(op: Op) -> Iterator[Op]:
@@ -200,6 +200,6 @@ def _without_gather(op: Op) -> Iterator[Op]:
 def _without_weight_gradients(op: Op) -> Iterator[Op]:
     if isinstance(op, Under):
         kept = tuple(work for work in op.work if not (isinstance(work, Gemm) and work.is_weight_gradient))
-        yield from (replace(op, work=kept),) if kept else (op.collective,) * op.calls
+        yield from (op._replace(work=kept),) if kept else (op.collective,) * op.calls
     elif not (isinstance(op, Gemm) and op.is_weight_gradient):
         yield op

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from meshwright.cost.adapt import is_recomputed
@@ -17,8 +16,7 @@ from meshwright.spec.kernels import KernelConstants
 from meshwright.spec.layout import Layout
 
 
-@dataclass(frozen=True, slots=True)
-class Durations:
+class Durations(NamedTuple):
     """Seconds of one micro-batch on a stage."""
 
     forward: float
@@ -89,7 +87,7 @@ class PieceTimes:
         """One micro-batch through `pieces`; `shared` when all ranks of a node compute at once."""
         kernels = self.kernels(layout, shared=shared)
         each = [(self._of(piece, kernels, shared), repeat) for piece, repeat in pieces]
-        return Durations(*(sum(getattr(d, name) * repeat for d, repeat in each) for name in Durations.__slots__))
+        return Durations(*(sum(d[i] * repeat for d, repeat in each) for i in range(len(Durations._fields))))
 
     def of(self, piece: Piece, layout: Layout, *, shared: bool) -> Durations:
         """The same of one piece."""

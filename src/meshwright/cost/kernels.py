@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -76,10 +76,10 @@ class Kernels:
     def _each(self, op: Gemm) -> Iterator[tuple[int, Gemm]]:
         """The products of experts one by one, alike ones together."""
         if op.largest:
-            yield 1, replace(op, m=op.largest, groups=1, largest=0)
+            yield 1, op._replace(m=op.largest, groups=1, largest=0)
         alike = op.groups - (op.largest > 0)
         if op.m > op.largest:
-            yield alike, replace(op, m=-(-(op.m - op.largest) // alike), groups=1, largest=0)
+            yield alike, op._replace(m=-(-(op.m - op.largest) // alike), groups=1, largest=0)
 
     @cached_property
     def _size(self) -> int:

@@ -29,8 +29,7 @@ def role(name: str) -> Role:
     return Role(place, name.endswith(" dw"), name.endswith(" dx"))
 
 
-@dataclass(frozen=True, slots=True)
-class Gemm:
+class Gemm(NamedTuple):
     """(m x k) by (k x n); with `groups`, that many products of m / groups rows each, of which each has its own matrix; or, of m rows in
     all, one of `largest` rows beside others that share the rest."""
 
@@ -54,8 +53,7 @@ class Gemm:
         return 2.0 * self.m * self.n * self.k
 
 
-@dataclass(frozen=True, slots=True)
-class Attention:
+class Attention(NamedTuple):
     """Fused causal attention over whole sequences of `length`, of which this rank computes 1 / `share` of the pairs.
 
     Forward has two matrix products, backward five (FlashAttention-2, arXiv 2307.08691): with the scores recomputed, three have
@@ -81,16 +79,14 @@ class Attention:
         return 2.0 * self.batch * self.heads * pairs * widths / self.share
 
 
-@dataclass(frozen=True, slots=True)
-class Elementwise:
+class Elementwise(NamedTuple):
     """Work bound by memory: `bytes` read and written."""
 
     name: str
     bytes: float
 
 
-@dataclass(frozen=True, slots=True)
-class Collective:
+class Collective(NamedTuple):
     """`stride` is the distance in ranks between neighbours. `bytes` follows nccl-tests (see `parallel/ledger.py`)."""
 
     axis: str
@@ -100,8 +96,7 @@ class Collective:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Under:
+class Under(NamedTuple):
     """A collective that runs while `work` is computed; `calls` of it, one after the other."""
 
     collective: Collective

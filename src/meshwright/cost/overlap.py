@@ -59,7 +59,7 @@ class Overlap:
         with the casts that its computation waits for."""
         forward = self._exposed_pass(passes.forward, passes.forward_read, d.forward, d.forward_links) + passes.casts
         backward = self._exposed_pass(passes.backward, passes.backward_read, d.backward, d.backward_links) + passes.casts
-        return replace(d, forward=d.forward + forward, backward=d.backward + backward, compute=d.compute + 2 * passes.casts)
+        return d._replace(forward=d.forward + forward, backward=d.backward + backward, compute=d.compute + 2 * passes.casts)
 
     def _exposed_pass(self, sent: OnLinks, read: float, work: float, own: OnLinks) -> float:
         """Links to other ranks and to the host are busy at the same time, except where ranks share the cores that move the bytes.

@@ -9,6 +9,7 @@ Symbols: S tokens of a sequence, T tokens of a micro-batch on this rank (1/cp of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from meshwright.cost.ops import Collective, CollectiveOp, Elementwise, Gemm, Op, Under
 from meshwright.spec.layout import Layout, RecomputePart
@@ -16,8 +17,7 @@ from meshwright.spec.model import Model
 from meshwright.spec.precision import STATE_BYTES, StateBytes
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Some consecutive operators, and the bytes that they keep for backward."""
 
     forward: tuple[Op, ...]

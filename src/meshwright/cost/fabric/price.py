@@ -8,7 +8,7 @@ other up.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from meshwright.cost.collectives import CollectiveTimes
 from meshwright.cost.estimate import Estimator
@@ -34,7 +34,7 @@ class SlowedTimes(CollectiveTimes):
     def seconds(self, c: Collective) -> float:
         whole = super().seconds(c)
         factor = max((f for kind, f in self.slowdowns.items() if kind.covers(c)), default=1.0)
-        return whole if factor == 1.0 else whole + (factor - 1) * (super().seconds(replace(c, bytes=2 * c.bytes)) - whole)
+        return whole if factor == 1.0 else whole + (factor - 1) * (super().seconds(c._replace(bytes=2 * c.bytes)) - whole)
 
 
 def busy_seconds(loads: Loads, links: Links, spreading: Spreading = EVEN) -> dict[str, float]:

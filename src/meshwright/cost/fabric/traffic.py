@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -75,7 +75,7 @@ def step_sends(estimator: Estimator, layout: Layout) -> tuple[Sends, ...]:
 
 def transfer_seconds(times: CollectiveTimes, c: Collective) -> float:
     """What of a collective's time its bytes take: as many again would add as much. Nothing where a latency hides them."""
-    return times.seconds(replace(c, bytes=2 * c.bytes)) - times.seconds(c)
+    return times.seconds(c._replace(bytes=2 * c.bytes)) - times.seconds(c)
 
 
 def step_traffic(sends: tuple[Sends, ...], model: Model, layout: Layout, router: Router) -> Traffic:

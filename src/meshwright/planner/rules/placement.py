@@ -70,7 +70,7 @@ def starved_buckets(case: Case) -> Seen | None:
     if not across:
         return None
     taken = sum(estimator.times.seconds(c) for c in across)
-    fed = sum(estimator.times.seconds(replace(c, bytes=ENDLESS * c.bytes)) / ENDLESS for c in across)
+    fed = sum(estimator.times.seconds(c._replace(bytes=ENDLESS * c.bytes)) / ENDLESS for c in across)
     if fed / taken >= STARVED:
         return None
     largest = max(across, key=lambda c: c.bytes)
