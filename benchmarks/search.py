@@ -31,10 +31,10 @@ from rich.table import Table
 
 from meshwright import api
 from meshwright.cost.estimate import Estimator
+from meshwright.planner.arrays import Ints
 from meshwright.planner.bounds import Bounds, ClosedForm
 from meshwright.planner.search import plan
-from meshwright.planner.space import Space, legal_space
-from meshwright.planner.tables import make_tables
+from meshwright.planner.space import Relief, Space, space_on
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.huggingface import load_model
 from meshwright.spec.layout import Layout
@@ -44,6 +44,8 @@ Row = dict[str, Any]
 DRIVERS = Path(__file__).parent / "peers_search"
 SAMPLE = 16384
 """Combinations of a large space that are priced (each is a layout for every schedule and sharding that is legal)."""
+RELIEVED, AT_ONCE = 2048, 1024
+"""Combinations of it whose reliefs are priced too, and layouts at once."""
 WARM = 3
 """Passes of the closed form after the first."""
 
@@ -88,21 +90,39 @@ def closed_form(problem: Problem) -> Row:
     if every > SAMPLE:
         at = np.sort(np.random.default_rng(0).choice(every, SAMPLE, replace=False))
     began = time.process_time()
-    tables = make_tables(space, estimator)
+    closed = ClosedForm(space, estimator)
     made = time.process_time()
-    closed = ClosedForm(space, estimator, tables)
     passes = []
     for _ in range(1 + WARM):
         start = time.process_time()
         priced = sum(len(bounds.at) for bounds in closed.price(at))
         passes.append(time.process_time() - start)
+    few = np.sort(np.random.default_rng(1).choice(every, min(every, RELIEVED), replace=False))
     return {
         "layouts": space.size(),
         "priced": priced,
         "tables_s": made - began,
         "first_s": passes[0],
         "warm_s": statistics.median(passes[1:]),
+        **relieved(closed, few),
     }
+
+
+def relieved(closed: ClosedForm, at: Ints) -> Row:
+    """Layouts of the combinations `at` that do not fit as they are, with every relief in every number of layers: how many, and the seconds
+    in which bounds say of each relief how few layers may fit and what so few cost."""
+    space, limit = closed.space, closed.estimator.cluster.accelerator.memory_bytes
+    every = list(closed.price(at))
+    settled, began = 0, time.process_time()
+    for bounds in every:
+        short = np.flatnonzero(bounds.bytes > limit)
+        for start in range(0, len(short), AT_ONCE):
+            closed.relieve(bounds, short[start : start + AT_ONCE])
+        zero = closed.zero[bounds.sharding[short]]
+        for relief in space.reliefs[1:]:
+            ways = space.most_layers(bounds.pipeline) if relief.recompute != "none" else 1
+            settled += int(space.can_relieve(relief, bounds.at[short], zero).sum()) * ways
+    return {"relieved": settled, "relieved_s": time.process_time() - began}
 
 
 def whole_space(problem: Problem) -> Row:
@@ -125,25 +145,28 @@ def whole_space(problem: Problem) -> Row:
 
 def narrowed(problem: Problem) -> Row:
     """Exhaustively what Calculon can express too: no context parallelism, 1F1B with or without interleaving in equal stages, ZeRO 0
-    or 1 over all ranks. Every layout gets its bound; those that fit are played in its order until no other can be quicker."""
+    or 1 over all ranks, recompute of nothing, of attention, or of all. Every layout gets its bound; those that fit are played in its order
+    until no other can be quicker."""
     began = time.process_time()
     space, estimator = _space(problem)
-    closed = ClosedForm(space, estimator, make_tables(space, estimator))
+    closed = ClosedForm(space, estimator)
     at = np.flatnonzero((space.columns.cp == 1) & (space.model.layers % space.pp == 0))
     limit = estimator.cluster.accelerator.memory_bytes
     count, queue = 0, list[tuple[float, int, Bounds]]()
-    for bounds in closed.price(at):
-        pipeline = bounds.pipeline
+    for plain in closed.price(at):
+        pipeline = plain.pipeline
         if pipeline.schedule in ("1f1b", "interleaved") and space.model.layers % (pipeline.pp * pipeline.chunks) == 0:
-            plain = np.array([s.zero <= 1 and s.shard is None for s in space.shardings])[bounds.sharding]
-            count += int(plain.sum())
-            queue += [(float(bounds.seconds[i]), int(i), bounds) for i in np.flatnonzero(plain & (bounds.bytes <= limit))]
+            unsharded = np.array([s.zero <= 1 and s.shard is None for s in space.shardings])[plain.sharding]
+            its = plain.take(np.flatnonzero(unsharded))
+            for bounds in (its, closed.recomputed(its), closed.recomputed(its, Relief("selective"))):
+                count += len(bounds.at)
+                queue += [(float(bounds.seconds[i]), int(i), bounds) for i in np.flatnonzero(bounds.bytes <= limit)]
     queue.sort(key=lambda entry: entry[0])
     best, chosen, played = float("inf"), None, 0
     for bound, i, bounds in queue:
         if bound >= best:
             break
-        layout = space.layout(int(bounds.at[i]), bounds.pipeline, space.shardings[bounds.sharding[i]])
+        layout = bounds.layout(i)
         price, played = estimator.played(layout), played + 1
         if price.fits and price.step_time_s < best:
             best, chosen = price.step_time_s, layout
@@ -164,7 +187,7 @@ def _read(problem: Problem) -> tuple[Any, Any, Workload]:
 
 def _space(problem: Problem) -> tuple[Space, Estimator]:
     model, cluster, work = _read(problem)
-    space = legal_space(model, work, problem.gpus, "bf16", cluster.fabric.domain)
+    space = space_on(cluster, model, work, problem.gpus, "bf16")
     return space, Estimator(model, cluster, work)
 
 
@@ -246,7 +269,8 @@ def measure(args: argparse.Namespace) -> dict[str, list[Row]]:
 
 
 def show(rows: dict[str, list[Row]], console: Console) -> None:
-    closed = Table("", "layouts", "priced", "tables, s", "first, /s", "again, /s", title="Closed-form candidates a second")
+    names = ("layouts", "priced", "tables, s", "first, /s", "again, /s", "with relief, /s")
+    closed = Table("", *names, title="Closed-form candidates a second")
     columns = ("CPU s", "candidates", "a second", "played", "gap", "layout", "step, s", "our step, s")
     whole = Table("", *columns, title="Whole spaces")
     beside = Table("", *columns, title=f"Beside others: {SHARED}")
@@ -256,7 +280,9 @@ def show(rows: dict[str, list[Row]], console: Console) -> None:
             first, warm = (priced / _median(its, key) for key in ("first_s", "warm_s"))
             counts = (f"{its[0]['layouts']:,}", f"{priced:,}")
             title = name.removeprefix(CLOSED_FORM)
-            closed.add_row(title, *counts, f"{_median(its, 'tables_s'):.2f}", f"{first:,.0f}", f"{warm:,.0f}")
+            eased = its[0]["relieved"] / _median(its, "relieved_s")
+            rates = (f"{first:,.0f}", f"{warm:,.0f}", f"{eased:,.0f}")
+            closed.add_row(title, *counts, f"{_median(its, 'tables_s'):.2f}", *rates)
         elif name.startswith(WHOLE_SPACE):
             whole.add_row(name.removeprefix(WHOLE_SPACE), *_cells(its))
         elif not its:

@@ -448,7 +448,7 @@ def test_plan_names_the_ways_out_when_nothing_fits(run: Any) -> None:
     args = (
         "plan",
         "--model",
-        "llama-3-8b",
+        "llama-2-13b",
         "--cluster",
         "h100-superpod",
         "--gpus",

@@ -165,16 +165,17 @@ def test_a_cluster_without_a_network_has_no_nic_to_add() -> None:
 
 
 def test_when_nothing_fits_the_ways_out_do_and_the_cheapest_is_first() -> None:
-    problem = Problem(load_model("llama-3-70b"), H100, Workload(8192, 16), 8)
+    problem = Problem(load_model("llama-3-70b"), H100, Workload(8192, 16), 4)  # not even with its optimizer offloaded
     found = plan(problem.model, problem.cluster, problem.workload, problem.gpus)
     assert found.best is None
     nearest = found.candidates[0].estimate
     short = Shortfall.of(nearest)
     assert short.bytes == nearest.peak_bytes - nearest.memory_limit_bytes > 0
-    assert short.category == "optimizer"
+    assert short.category == "gradients"
+    assert nearest.offload is not None
     ways = ways_out(estimator(problem), nearest.layout)
     assert len(ways) == SHOWN
-    assert any(way.layout.world == 8 and way.layout.offload == "optimizer" for way in ways)
+    assert any(way.layout.world > 4 for way in ways)
     for way in ways:
         priced = estimator(problem).estimate(way.layout)
         assert priced.fits

@@ -15,6 +15,7 @@ from meshwright.planner.search import legal_layouts
 from meshwright.planner.space import legal_space
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.huggingface import load_model
+from meshwright.spec.layout import DENSE_AXES
 from meshwright.spec.workload import Workload
 
 SMALL = search.Problem("gpt3-6.7b", "a100-superpod", 8, 2048, 8)
@@ -31,6 +32,10 @@ def test_the_narrow_search_finds_the_best_of_what_it_says_it_covers() -> None:
         and layout.zero_shard is None
         and layout.schedule in ("1f1b", "interleaved")
         and model.layers % (layout.pp * layout.chunks) == 0
+        and layout.recompute_parts == ("core",)
+        and layout.recompute_layers is None
+        and layout.offload == "none"
+        and layout.order == DENSE_AXES
     ]
     found = search.narrowed(SMALL)
     assert found["candidates"] == len(covered)

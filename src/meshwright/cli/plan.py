@@ -36,7 +36,8 @@ def plan(
     refine: Annotated[
         bool,
         typer.Option(
-            "--refine", help="Try partial recompute, offload, rank orders, uneven stages and async modes on the finalists."
+            "--refine",
+            help="Try uneven stages and async modes on the finalists, with the recompute and offload that then fit.",
         ),
     ] = False,
     pareto: Annotated[bool, typer.Option("--pareto", help="Also show what leaving memory free costs in speed.")] = False,

@@ -11,7 +11,7 @@ from meshwright.cost.durations import Durations, OnLinks, PieceTimes
 from meshwright.cost.experts import fullest_rank
 from meshwright.cost.flops import model_flops_per_token, recomputed_flops
 from meshwright.cost.memory import StageMemory, beside_bytes, in_flight_bytes, passing_bytes, stage_memories, state_bytes
-from meshwright.cost.offload import OffloadCost
+from meshwright.cost.offload import OffloadCost, away, host_room
 from meshwright.cost.ops import Piece
 from meshwright.cost.overlap import Overlap, Passes
 from meshwright.cost.peak import Fullest
@@ -76,6 +76,7 @@ class Estimator:
         self._adapted: dict[tuple[object, ...], tuple[Piece, Piece]] = {}
         self._states: dict[tuple[object, ...], _State] = {}
         self._ends: dict[Layout, float] = {}
+        self._known_peaks: dict[Layout, int] = {}
 
     def estimate(self, layout: Layout) -> Estimate:
         """Price `layout` by playing its schedule. Raises UserError for a layout that cannot be run."""
@@ -142,29 +143,41 @@ class Estimator:
                 floor += (busy.forward + busy.backward) * len(members) * m / layout.pp
         pipelined = self._ends[layout] = step_end(layout, m, seconds, send)
         step = max(pipelined, floor if layout.world > 1 else 0.0, most * m * send) + end
-        peak = max(self._peaks(layout))
-        return Price(step, peak, peak <= self.cluster.accelerator.memory_bytes)
+        peak = self._known_peaks.get(layout) or max(self._peaks(layout))
+        return Price(step, peak, peak <= self.cluster.accelerator.memory_bytes and self.host_holds(layout))
 
     def fits(self, layout: Layout) -> bool:
         """What `played` says of it, without its time."""
-        limit = self.cluster.accelerator.memory_bytes
-        return all(peak <= limit for peak in self._peaks(layout))
+        if not self.host_holds(layout):
+            return False
+        most, limit = 0, self.cluster.accelerator.memory_bytes
+        for peak in self._peaks(layout):
+            if peak > limit:
+                return False
+            most = max(most, peak)
+        self._known_peaks[layout] = most
+        return True
+
+    def host_holds(self, layout: Layout) -> bool:
+        """Whether hosts have room for what `layout` offloads."""
+        if layout.offload == "none":
+            return True
+        programs = (self._state(layout, members[0]).program for members in alike_stages(self.model, layout))
+        return max(away(program, layout).kept for program in programs) <= host_room(self.cluster, layout)
 
     def _peaks(self, layout: Layout) -> Iterator[int]:
         """Bytes of a rank of each stage."""
         m = micro_batches(layout, self.workload)
         schedule = brief_order(layout, m)
         for members in alike_stages(self.model, layout):
-            state, chunks = self._state(layout, members[0]), self._chunks(layout, members[0])
-            sends = boundary(self.model, layout, self.workload.seq, members[0])
+            state, program = self._state(layout, members[0]), self._program(layout, members[0])
             if self.practice == OWN:
-                program = replace(state.program, chunks=chunks, boundary=sends)
                 fullest, beside = Fullest(program, layout, schedule), beside_bytes(program, m)
                 passing = [fullest.of(stage).total + beside for stage in members]
             else:  # other software lets go of whole gradients layer by layer
-                pieces, sent = tuple(piece for chunk in chunks for piece in chunk), sum(c.bytes for c in sends)
-                held = (in_flight_bytes(chunks, schedule, stage, layout) for stage in members)
-                passing = [sum(passing_bytes(pieces, activations, sent).values()) for activations in held]
+                sent = sum(c.bytes for c in program.boundary)
+                held = (in_flight_bytes(program.chunks, schedule, stage, layout) for stage in members)
+                passing = [sum(passing_bytes(program.pieces, activations, sent).values()) for activations in held]
             yield from (int(state.bytes + each + self.overhead) for each in passing)
 
     def _chunks(self, layout: Layout, stage: int) -> tuple[Pieces, ...]:
@@ -196,11 +209,11 @@ class Estimator:
         return [each[stage] for stage in range(layout.pp)]
 
     def _programs(self, layout: Layout) -> StagePrograms:
-        out = {}
-        for members in alike_stages(self.model, layout):
-            program = self.reduced_program(layout, Place(members[0]))
-            out[members] = replace(program, chunks=tuple(self._practised(chunk, layout) for chunk in program.chunks))
-        return out
+        return {members: self._program(layout, members[0]) for members in alike_stages(self.model, layout)}
+
+    def _program(self, layout: Layout, stage: int) -> Program:
+        sends = boundary(self.model, layout, self.workload.seq, stage)
+        return replace(self._state(layout, stage).program, chunks=self._chunks(layout, stage), boundary=sends)
 
     def reduced_program(self, layout: Layout, place: Place) -> Program:
         """The program of a rank, its gradients reduced in the widths and buckets of the practice."""
@@ -278,9 +291,10 @@ class Estimator:
             mfu=mfu,
             hfu=mfu * (1 + recomputed),
             bubble=timeline.bubble,
-            fits=max(stage.total_bytes for stage in memory) <= limit,
+            fits=max(stage.total_bytes for stage in memory) <= limit and self.host_holds(layout),
             memory=memory,
             memory_limit_bytes=limit,
+            host_limit_bytes=host_room(self.cluster, layout),
             collectives=costs,
             breakdown=breakdown | {"waiting": max(0.0, step - sum(breakdown.values()))},
             evidence={

@@ -135,6 +135,14 @@ def offload_links(cluster: Cluster, layout: Layout, memory_bandwidth: float) -> 
     return Links(host, file, not in_host, tuple(missing))
 
 
+def host_room(cluster: Cluster, layout: Layout) -> float:
+    """Bytes of the host's memory for each of its ranks; infinite where that is not known, or files take what is offloaded."""
+    node = cluster.node
+    if node.host_memory_bytes is None or layout.offload_to != "cpu":
+        return float("inf")
+    return node.host_memory_bytes / min(layout.world, node.accelerators)
+
+
 def _state(bucket: Bucket, layout: Layout) -> int:
     return bucket.owned * StateBytes.of(layout, cast=bucket.is_cast).optimizer
 

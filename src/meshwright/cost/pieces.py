@@ -24,10 +24,10 @@ def layer_piece(
     return _layer(s, attention_core(s, window), moe)
 
 
-def coreless_layer_piece(model: Model, layout: Layout, seq: int) -> Piece:
-    """A dense layer without its attention core: with the price of that (`attention_core`) added, what a layer costs. It depends on
-    tokens alone, however they are cut into sequences."""
-    return _layer(Shapes(model, layout, seq), Part((), (), 0), moe=False)
+def coreless_layer_piece(model: Model, layout: Layout, seq: int, moe: bool = False, imbalance: float = 1.0) -> Piece:
+    """A layer without its attention core: with the price of that (`attention_core`) added, what a layer costs. It depends on tokens
+    alone, however they are cut into sequences."""
+    return _layer(Shapes(model, layout, seq, imbalance), Part((), (), 0), moe)
 
 
 def _layer(s: Shapes, core: Part, moe: bool) -> Piece:

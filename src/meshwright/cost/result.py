@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from meshwright.cost.memory import StageMemory
@@ -45,6 +46,8 @@ class Estimate:
     fits: bool
     memory: tuple[StageMemory, ...]
     memory_limit_bytes: int
+    host_limit_bytes: float
+    """Of the host's memory, for what a rank offloads; infinite where it is not known."""
     collectives: tuple[CollectiveCost, ...]
     breakdown: dict[str, float]
     """Seconds of the step by what the busiest stage spends them on."""
@@ -82,6 +85,7 @@ class Estimate:
             "bubble": self.bubble,
             "fits": self.fits,
             "memory_limit_bytes": self.memory_limit_bytes,
+            "host_limit_bytes": self.host_limit_bytes if isfinite(self.host_limit_bytes) else None,
             "memory": [
                 {"stage": s.stage, "total_bytes": s.total_bytes, "categories": s.categories, "away": s.away}
                 for s in self.memory

@@ -117,7 +117,7 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """Share of stage-time in which no stage computes: 1 - busy / (stages * end)."""
-        return 1 - sum(self.busy(stage) for stage in range(self.stages)) / (self.stages * self.end)
+        return max(0.0, 1 - sum(self.busy(stage) for stage in range(self.stages)) / (self.stages * self.end))
 
 
 def play(schedule: Schedule, seconds: Sequence[Sequence[ChunkSeconds]], send: float) -> Timeline:

@@ -10,62 +10,128 @@ With a backward in two halves only the input's half is waited for, and the stage
     step >= max over s of   fill(s) + max(m * work(s), m * (work(s) - weight(s)) + drain(s))
 
 The bound is exact for 1F1B with equal stages, and the published bubbles of the other schedules are never below it.
-What the state costs beside is in `state.py`.
+What the state costs beside is in `state.py`, what stages do and keep in `shapes.py`, what recompute changes in `relief.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import groupby
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.ops import Collective
-from meshwright.planner.space import Bools, Floats, Ints, Pipeline, Space
-from meshwright.planner.state import BACKWARD, BYTES, FORWARD, REDUCTION, REST, Held, StatePrices
-from meshwright.planner.tables import Kind, Tables
-from meshwright.schedule.orders import peak_deferred, peak_held, peak_in_flight
-from meshwright.schedule.stages import placement, stage_chunks
-from meshwright.spec.layout import Layout
+from meshwright.planner.arrays import Bools, Floats, Ints
+from meshwright.planner.figures import LayerFigures
+from meshwright.planner.relief import ReliefFigures
+from meshwright.planner.shapes import Passing, Shape, Stages, Work
+from meshwright.planner.space import Pipeline, Relief, Space
+from meshwright.planner.state import (
+    BACKWARD,
+    BYTES,
+    COMING,
+    FORWARD,
+    OPTIMIZER,
+    REDUCTION,
+    REST,
+    RETURNING,
+    UPDATE,
+    StatePrices,
+)
+from meshwright.planner.tables import kinds_of, make_tables
+from meshwright.spec.layout import Layout, Offload
+from meshwright.spec.precision import STATE_BYTES
 
-SPLIT_BACKWARD = ("zb-h1", "zb-v", "dualpipe-v")
-EMBEDDING, HEAD = -2, -1
-"""Their rows in the tables."""
+FULL = Relief("full")
+UNLIKELY = 4.0
+"""Times as late a combination is looked at that does not seem to fit."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bounds:
-    """Of layouts under one pipeline: each is a combination `at` of a space with a `sharding` (indices)."""
+    """Of layouts under one pipeline: each is a combination `at` of the space of a `form` with a `sharding` and a `relief` (indices), with
+    which so many `layers` of each chunk run again."""
 
+    form: ClosedForm
     pipeline: Pipeline
-    sharding: Ints
     at: Ints
+    sharding: Ints
+    relief: Ints
+    layers: Ints
     seconds: Floats
     bytes: Floats
+
+    def take(self, rows: Ints) -> Bounds:
+        fields = ("at", "sharding", "relief", "layers", "seconds", "bytes")
+        return Bounds(self.form, self.pipeline, *(getattr(self, name)[rows] for name in fields))
+
+    def layout(self, row: int, layers: int | None = None) -> Layout:
+        """`layers`: that run again, if not as many as the bound has."""
+        space, again = self.form.space, int(self.layers[row]) if layers is None else layers
+        sharding, relief = space.shardings[self.sharding[row]], space.reliefs[self.relief[row]]
+        return space.layout(int(self.at[row]), self.pipeline, sharding, relief, again)
 
 
 class ClosedForm:
     """Prices the combinations of a space."""
 
-    def __init__(self, space: Space, estimator: Estimator, tables: Tables):
-        self.space, self.estimator, self.tables = space, estimator, tables
-        self.state = StatePrices(space, estimator, tables)
-        self._shapes: dict[Pipeline, _Shape] = {}
+    def __init__(self, space: Space, estimator: Estimator, like: ClosedForm | None = None):
+        """`like`: one of the same problem, whose figures are known already."""
+        self.space, self.estimator = space, estimator
+        self.figures: LayerFigures = like.figures if like else LayerFigures(space, estimator)
+        self.reliefs: ReliefFigures = like.reliefs if like else ReliefFigures(space, estimator, kinds_of(space))
+        self.tables = make_tables(space, self.figures)
+        self.state = StatePrices(space, estimator, self.tables)
+        self._shapes: dict[Pipeline, Shape] = {}
 
     @cached_property
     def least_seconds(self) -> Floats:
-        """A bound of each combination whatever its schedule and sharding: its work shared out evenly over the stages."""
-        model, tables = self.space.model, self.tables
+        """A bound of each combination whatever its schedule, sharding and relief: its work shared out evenly over the stages."""
+        return np.asarray(self.tables.total(("forward", "backward"), self._rows) * self.space.micro_batches / self.space.pp)
+
+    @cached_property
+    def least_in_any_order(self) -> Floats:
+        """The same whatever the order of ranks: tp has the quickest links already, and cp sends nothing."""
+        spared = self.tables.total(("context",), self._rows) * self.space.micro_batches / self.space.pp
+        inside = self.space.columns.tp * self.space.columns.cp <= self.space.domain
+        return np.asarray(self.least_seconds - np.where(inside, 0.0, spared))
+
+    @cached_property
+    def likely_seconds(self) -> Floats:
+        """Of each combination what its step may take, to begin with those that are likely to be good: with the bubble of 1F1B, and several
+        times as long where state under ZeRO-1 and micro-batches in flight do not fit."""
+        space, size = self.space, STATE_BYTES[self.space.precision]
+        columns, (dense, routed) = space.columns, self.tables.elements(self._rows)
+        ranks = columns.dp * columns.cp
+        copies = ranks * columns.tp / (columns.ep * columns.etp)
+        held = (dense + routed) * (size.parameter + size.gradient) + (dense / ranks + routed / copies) * size.optimizer
+        held = (
+            held / space.pp
+            + self.tables.total(("saved",), self._rows) * np.minimum(space.micro_batches, space.pp) / space.pp
+        )
+        fits = held + self.estimator.overhead < self.estimator.cluster.accelerator.memory_bytes
+        return np.asarray(self.least_seconds * (1 + (space.pp - 1) / space.micro_batches) * np.where(fits, 1.0, UNLIKELY))
+
+    @cached_property
+    def likely(self) -> Ints:
+        """The combinations, those likely to be good first."""
+        return np.argsort(self.likely_seconds, kind="stable")
+
+    @cached_property
+    def _rows(self) -> Floats:
+        """How many of each row of the tables the model has."""
+        model = self.space.model
         kinds = [(model.window(i), model.is_moe(i)) for i in range(model.layers)]
-        counts = np.array([*(kinds.count(kind) for kind in tables.kinds), 1, 1], dtype=float)
-        return np.asarray(tables.seconds(counts) * self.space.micro_batches / self.space.pp)
+        return np.array([*(kinds.count(kind) for kind in self.tables.kinds), 1, 1], dtype=float)
+
+    def ordered(self, at: Ints, order: Ints) -> ClosedForm:
+        """Of the combinations `at`, each with its ranks in another order."""
+        return ClosedForm(self.space.ordered(at, order), self.estimator, self)
 
     def price(self, at: Ints, *, below: float | Floats = float("inf"), plain: bool = False) -> Iterator[Bounds]:
-        """Bounds of the combinations `at` (ascending) under every pipeline and sharding that is legal for them.
+        """Bounds of the combinations `at` (ascending) under every pipeline and sharding that is legal for them, without relief.
 
         What cannot take less than `below` seconds (of all, or of each) may be left out. `plain`: only what a person would try first.
         """
@@ -77,224 +143,212 @@ class ClosedForm:
             legal = np.stack(
                 [self.space.can_shard(s, its) & use for s, use in zip(self.space.shardings, shardings, strict=True)]
             )
-            work = _Work(*(self.tables.of(name, its) for name in _Work._fields))
+            work = self._work(its)
             for pipeline in self.space.pipelines(pp):
                 if not plain or pipeline.chunks <= 2:
                     runs = np.flatnonzero(self.space.runs(pipeline, its))
                     if len(runs):
                         yield from self._pipeline(pipeline, its[runs], work.take(runs), legal[:, runs], limit[runs])
 
-    def _pipeline(self, pipeline: Pipeline, at: Ints, work: _Work, legal: Bools, below: Floats) -> Iterator[Bounds]:
-        shape = self._shape(pipeline)
-        m, hop = self.space.micro_batches[at], self._hop(pipeline, at)
-        stages = _Stages(shape, work)
-        quick = np.flatnonzero(stages.bound(m, hop) < below)
+    def _pipeline(self, pipeline: Pipeline, at: Ints, work: Work, legal: Bools, below: Floats) -> Iterator[Bounds]:
+        stages = self._stages(pipeline, at, work)
+        quick = np.flatnonzero(stages.bound() < below)
         if not len(quick):
             return
         if len(quick) < len(at):
-            at, m, hop, legal = at[quick], m[quick], hop[quick], legal[:, quick]
-            stages = _Stages(shape, work.take(quick))
+            at, legal, stages = at[quick], legal[:, quick], stages.take(quick)
         sharding, its = np.nonzero(legal)
-        forward, backward = stages.forward[:, its], stages.backward[:, its]
-        prices = self.state.price(shape.held, at[its], sharding)
-        forward_links, backward_links = stages.forward_links[:, :, its], stages.backward_links[:, :, its]
-        gather = self._exposed(prices[:, FORWARD], forward, forward_links)
-        again = self._exposed(prices[:, BACKWARD], backward, backward_links)
-        reduction = self._exposed(prices[:, REDUCTION], backward + again, backward_links)
-        rest, bytes_ = prices[:, REST], prices[:, BYTES]
-        seconds = stages.bound(m, hop, its, forward + backward + gather + again)
-        if self.estimator.cluster.node.compute_slots is not None and self.space.gpus > 1:
-            crowded = shape.counts.sum(axis=0) @ self.tables.of("crowded", at)
-            seconds = np.maximum(seconds, (crowded * m)[its] / pipeline.pp)
-        passing = stages.passing_bytes(m, self.tables.boundary[at])
-        bytes_ = passing[:, its] + bytes_ + self.estimator.overhead
-        yield Bounds(pipeline, sharding, at[its], seconds + (reduction + rest).max(axis=0), bytes_.max(axis=0))
+        prices = self.state.price(stages.shape.held, at[its], sharding)
+        seconds = self.seconds(stages, at, prices, its)
+        bytes_ = stages.passing_bytes(self.tables.boundary[at])[:, its] + prices[:, BYTES] + self.estimator.overhead
+        nothing = np.zeros(len(its), dtype=np.int64)
+        yield Bounds(self, pipeline, at[its], sharding, nothing, nothing, seconds, bytes_.max(axis=0))
 
-    def _shape(self, pipeline: Pipeline) -> _Shape:
-        if pipeline not in self._shapes:
-            self._shapes[pipeline] = _Shape(pipeline, _counts(pipeline, self.space, self.tables.kinds), self._in_a_row)
-        return self._shapes[pipeline]
+    def seconds(self, stages: Stages, at: Ints, prices: Floats, its: Ints, given: _Given | None = None) -> Floats:
+        """Of the step, for combinations `at` (their `its`, with repeats) whose state costs `prices`."""
+        more = given or _Given()
+        forward, backward = stages.forward[:, its], stages.backward[:, its] + more.backward
+        forward_links, backward_links = stages.forward_links[:, :, its], stages.backward_links[:, :, its]
+        gather = self._exposed(prices[:, FORWARD], forward, forward_links, more.forward_read)
+        again = self._exposed(prices[:, BACKWARD], backward, backward_links, more.backward_read)
+        reduction = self._exposed(prices[:, REDUCTION], backward + again, backward_links)
+        seconds = stages.bound(its, forward + backward + gather + again, more.backward_ahead)
+        if self.estimator.cluster.node.compute_slots is not None and self.space.gpus > 1:
+            crowded = stages.shape.counts.sum(axis=0) @ self.tables.of("crowded", at)
+            seconds = np.maximum(seconds, (crowded * stages.m)[its] / stages.shape.pipeline.pp)
+        return np.asarray(seconds + (reduction + prices[:, REST] + more.update).max(axis=0))
+
+    def relieve(self, bounds: Bounds, rows: Ints, below: float = float("inf")) -> Bounds:
+        """Of `rows` of `bounds`, which have no relief: each with every relief that is legal for it, in as few layers as may fit, if it
+        may be quicker than `below`."""
+        limit, short = self.estimator.cluster.accelerator.memory_bytes, bounds.take(rows)
+        if not len(rows):
+            return short
+        eased = self._eased(short)
+        rows = np.flatnonzero(eased.least_bytes() <= limit)
+        zero = self.zero[short.sharding[rows]]
+        which = [rows[self.space.can_relieve(relief, short.at[rows], zero)] for relief in self.space.reliefs[1:]]
+        its, relief = np.concatenate(which), np.repeat(1 + np.arange(len(which)), [len(each) for each in which])
+        if not len(its):
+            return short.take(its)
+        eased.learn(rows, relief)
+        some = np.flatnonzero(eased.seconds(its, relief, np.minimum(eased.all_layers(relief), 1)) < below)
+        its, relief = its[some], relief[some]
+        some, layers = eased.fewest_layers(its, relief, limit)
+        found = eased.bounds(its[some], relief[some], layers[some])
+        return found.take(np.flatnonzero(found.seconds < below))
+
+    def recomputed(self, bounds: Bounds, relief: Relief = FULL) -> Bounds:
+        """`bounds`, which have no relief, with recompute of all layers."""
+        return self._with(bounds, np.full(len(bounds.at), self.space.reliefs.index(relief)))
+
+    def emptied(self, bounds: Bounds) -> Bounds:
+        """The same, and all that can be offloaded is."""
+        return self._with(bounds, self.emptying[self.zero[bounds.sharding]])
 
     @cached_property
-    def _in_a_row(self) -> Bools:
-        model = self.space.model
-        kinds = [kind for kind, _ in groupby((model.window(i), model.is_moe(i)) for i in range(model.layers))]
-        return np.array([*(kinds.count(kind) == 1 for kind in self.tables.kinds), False, False])
+    def emptying(self) -> Ints:
+        """[ZeRO stages]: the relief that frees most."""
+        offloads: tuple[Offload, ...] = ("optimizer", "optimizer", "optimizer", "all")
+        reliefs = [replace(FULL, offload=offload) if self.space.offloads else FULL for offload in offloads]
+        return np.array([self.space.reliefs.index(relief) for relief in reliefs])
+
+    def _with(self, bounds: Bounds, relief: Ints) -> Bounds:
+        if not len(relief):
+            return bounds
+        eased, its = self._eased(bounds), np.arange(len(relief))
+        eased.learn(its, relief)
+        return eased.bounds(its, relief, eased.all_layers(relief))
+
+    def _eased(self, bounds: Bounds) -> _Eased:
+        stages = self._stages(bounds.pipeline, bounds.at, self._work(bounds.at))
+        return _Eased(self, stages, bounds, self.state.price(stages.shape.held, bounds.at, bounds.sharding))
+
+    @cached_property
+    def zero(self) -> Ints:
+        """[shardings]"""
+        return np.array([sharding.zero for sharding in self.space.shardings])
+
+    def _work(self, at: Ints) -> Work:
+        return Work(*(self.tables.of(name, at) for name in Work._fields))
+
+    def _stages(self, pipeline: Pipeline, at: Ints, work: Work) -> Stages:
+        return Stages(self._shape(pipeline), work, self.space.micro_batches[at], self._hop(pipeline, at))
+
+    def _shape(self, pipeline: Pipeline) -> Shape:
+        if pipeline not in self._shapes:
+            self._shapes[pipeline] = Shape(pipeline, self.space, self.tables.kinds)
+        return self._shapes[pipeline]
 
     def _hop(self, pipeline: Pipeline, at: Ints) -> Floats:
         """Seconds of a send between stages."""
         if pipeline.pp == 1:
             return np.zeros(len(at))
-        columns = self.space.columns
-        stride = columns.tp[at] * columns.cp[at] * columns.dp[at]
-        keys = stride * 2**44 + self.tables.boundary[at].astype(np.int64)
+        keys = self.space.strides["pp"][at] * 2**44 + self.tables.boundary[at].astype(np.int64)
         unique, which = np.unique(keys, return_inverse=True)
         seconds = self.estimator.times.seconds
         each = [seconds(Collective("pp", "send", pipeline.pp, *divmod(key, 2**44))) for key in unique.tolist()]
         return np.asarray(np.array(each)[which])
 
-    def _exposed(self, sent: Floats, work: Floats, own: Floats) -> Floats:
+    def _exposed(self, sent: Floats, work: Floats, own: Floats, read: Floats | float = 0.0) -> Floats:
         """As the estimator has it: what communication, [stages, links, n], adds to computation that it runs beside, which has its `own` on
-        the links."""
+        the links; `read`: seconds of what comes from the host meanwhile."""
         seconds = sent.sum(axis=1)
         if not self.estimator.times.hides:
-            return np.asarray(seconds)
+            return np.asarray(seconds + read)
+        seconds = np.maximum(seconds, read)
         left = np.maximum(0.0, np.maximum(seconds, (sent + own).max(axis=1)) - work)
         left = np.minimum(seconds, left)
         return np.asarray(left + self.estimator.constants.beside * (seconds - left))
 
 
-class _Work(NamedTuple):
-    """Of some combinations: rows of the tables, [kinds + 2, combinations]."""
+@dataclass(frozen=True)
+class _Given:
+    """What a relief adds to the seconds of stages, [kinds of stages, n]."""
 
-    forward: Floats
-    backward: Floats
-    weight: Floats
-    saved: Floats
-    put_off: Floats
-    working: Floats
-    forward_scale_up: Floats
-    forward_network: Floats
-    backward_scale_up: Floats
-    backward_network: Floats
-
-    def take(self, its: Ints) -> _Work:
-        return _Work(*(table[:, its] for table in self))
+    backward: Floats | float = 0.0
+    backward_ahead: Floats | float = 0.0
+    """Of the places before."""
+    forward_read: Floats | float = 0.0
+    """Of parameters, from the host."""
+    backward_read: Floats | float = 0.0
+    update: Floats | float = 0.0
+    """What the optimizer waits for."""
 
 
-class _Shape:
-    """Which stages of a pipeline hold what, and how much each kind of stage does of each row of the tables."""
+class _Eased:
+    """The layouts of `plain` bounds, whose state costs `prices`, under reliefs. Each method is asked for some of the layouts, `its` (with
+    repeats), each with a `relief` and a number of `layers` of each chunk that run again."""
 
-    def __init__(self, pipeline: Pipeline, counts: Floats, in_a_row: Bools):
-        """`counts`: [places, rows]; `in_a_row`: [rows], whether all layers of a kind follow one another in the model."""
-        self.pipeline, self.counts = pipeline, counts
-        self.places = np.array(placement(pipeline.schedule, pipeline.pp, pipeline.chunks))
-        self.splits = pipeline.schedule in SPLIT_BACKWARD
-        kinds, kind = np.unique(counts[self.places].sum(axis=1), axis=0, return_inverse=True)
-        self.kind = kind.ravel()
-        """[stages]: stages that hold the same layers are of one kind."""
-        self.work = kinds
-        """[kinds of stages, rows]."""
-        # Of stages alike, the one furthest into the model waits longest.
-        first = np.array([self.places[np.flatnonzero(self.kind == k)[-1]].min() for k in range(len(kinds))])
-        self.ahead = (np.cumsum(counts, axis=0) - counts)[first]
-        """[kinds of stages, rows]: what other stages do before it can begin."""
-        self.hops = first[:, None]
-        several = (counts > 1)[self.places].any(axis=1) & in_a_row
-        twice = np.stack([several[self.kind == k].all(axis=0) for k in range(len(kinds))])
-        self.held: list[Held] = [
-            tuple(row) for row in np.hstack((kinds, np.minimum(kinds, 1 + twice))).astype(np.int64).tolist()
-        ]
-        last = self.places.size - 1
-        self.neighbours = np.array(
-            [
-                sum(n not in its for place in its for n in (place - 1, place + 1) if 0 <= n <= last)
-                for its in self.places.tolist()
-            ]
-        )
-        """[stages]: how many places beside its own are on other stages."""
+    def __init__(self, closed: ClosedForm, stages: Stages, plain: Bounds, prices: Floats):
+        self.closed, self.stages, self.plain, self.prices = closed, stages, plain, prices
+        self._figures = np.zeros((*closed.reliefs.shape, len(plain.at)))
+        shape, space, at = stages.shape, closed.space, plain.at
+        self._passing = Passing(stages, closed.tables.boundary[at], shape.outer_stages)
+        self._kind = shape.kind[shape.outer_stages]
+        self._started = [closed.tables.started(name, at)[:-2] for name in ("backward", "backward_host")]
+        self._first = shape.first_layers[:, shape.places[shape.outer_stages], :-2]
+        offloads = [relief.offload for relief in space.reliefs]
+        self._offloads, self._all = np.array([x != "none" for x in offloads]), np.array([x == "all" for x in offloads])
+        self._again = np.array([relief.recompute != "none" for relief in space.reliefs])
+        self._links = closed.estimator.overlap.links(Layout(offload="optimizer", precision=space.precision))
 
+    def learn(self, its: Ints, relief: Ints) -> None:
+        """What these reliefs change in the layers of `its`."""
+        self._figures[..., its] = self.closed.reliefs.of(self.closed.space, self.plain.at[its], relief)
 
-class _Stages:
-    """What each kind of stage of a pipeline does for one micro-batch; arrays are [kinds of stages, combinations]."""
+    def least_bytes(self) -> Floats:
+        """Of all with every relief there is, at the least: of each layer its input is left, of the state what cannot be offloaded."""
+        closed, at = self.closed, self.plain.at
+        full = closed.reliefs.mode[closed.space.reliefs.index(FULL)]
+        self._figures[full, :, 0] = closed.tables.of("saved", at)[:-2] - closed.tables.boundary[at]
+        relief = closed.emptying[closed.zero[self.plain.sharding]]
+        return np.asarray(self.bytes(np.arange(len(at)), relief, self.all_layers(relief)).max(axis=0))
 
-    def __init__(self, shape: _Shape, work: _Work):
-        self.shape, self.work = shape, work
-        self.forward, self.backward = shape.work @ work.forward, shape.work @ work.backward
+    def bounds(self, its: Ints, relief: Ints, layers: Ints) -> Bounds:
+        seconds, bytes_ = self.seconds(its, relief, layers), self.bytes(its, relief, layers).max(axis=0)
+        at, sharding = self.plain.at[its], self.plain.sharding[its]
+        return Bounds(self.closed, self.plain.pipeline, at, sharding, relief, layers, seconds, bytes_)
 
-    @cached_property
-    def forward_links(self) -> Floats:
-        """[kinds of stages, links, combinations]: seconds that the links of a domain, and the network, are taken for."""
-        return self._on(self.work.forward_scale_up, self.work.forward_network)
+    def all_layers(self, relief: Ints) -> Ints:
+        return self._again[relief] * (len(self._first) - 1)
 
-    @cached_property
-    def backward_links(self) -> Floats:
-        return self._on(self.work.backward_scale_up, self.work.backward_network)
+    def fewest_layers(self, its: Ints, relief: Ints, limit: float) -> tuple[Ints, Ints]:
+        """Which fit into `limit` bytes at all, and with how few layers."""
+        least, most = np.minimum(self.all_layers(relief), 1), self.all_layers(relief)
+        fits = (self.bytes(its, relief, most) <= limit).all(axis=0)
+        while (open_ := np.flatnonzero(fits & (least < most))).size:
+            middle = (least[open_] + most[open_]) // 2
+            enough = (self.bytes(its[open_], relief[open_], middle) <= limit).all(axis=0)
+            most[open_] = np.where(enough, middle, most[open_])
+            least[open_] = np.where(enough, least[open_], middle + 1)
+        return np.flatnonzero(fits), most
 
-    def _on(self, *links: Floats) -> Floats:
-        return np.stack([self.shape.work @ link for link in links], axis=1)
+    def bytes(self, its: Ints, relief: Ints, layers: Ints) -> Floats:
+        """[outer stages, n]"""
+        freed = self._figures[self.closed.reliefs.mode[relief], :, 0, its]
+        chunks = np.einsum("nscr,nr->scn", self._first[layers], freed)
+        away = self._offloads[relief] * self.prices[:, OPTIMIZER, its] + self._all[relief] * self.prices[:, COMING, its]
+        state = (self.prices[:, BYTES, its] - away)[self._kind]
+        return np.asarray(self._passing.bytes(its, chunks) + state + self.closed.estimator.overhead)
 
-    def bound(self, m: Ints, hop: Floats, its: Ints | None = None, each: Floats | None = None) -> Floats:
-        """Seconds of all `m` micro-batches; `each`: of one through each kind of stage, for the combinations `its` (with repeats)."""
-        ahead, work = self.shape.ahead, self.work
-        waited = self.shape.hops * hop
-        fill, drain, weights = ahead @ work.forward + waited, ahead @ work.backward + waited, None
-        if self.shape.splits:
-            weights = m * (self.shape.work @ work.weight)
-            drain -= ahead @ work.weight
-        if its is not None:
-            m, fill, drain = m[its], fill[:, its], drain[:, its]
-            weights = None if weights is None else weights[:, its]
-        whole = m * (self.forward + self.backward if each is None else each)
-        if weights is not None:
-            return np.asarray((fill + np.maximum(whole, whole - weights + drain)).max(axis=0))
-        return np.asarray((fill + whole + drain).max(axis=0))
+    def seconds(self, its: Ints, relief: Ints, layers: Ints) -> Floats:
+        mode = self.closed.reliefs.mode[relief]
+        # Of a pass that the host starts later than the device could run it, part of the wait may be what runs again.
+        device, host = (self._started[i][:, its] + self._figures[mode, :, 1 + i, its].T for i in range(2))
+        each = np.maximum(device, host) - np.maximum(*self._started)[:, its]
+        shape = self.stages.shape
+        own, ahead = (np.einsum("nsr,rn->sn", of[layers][:, :, :-2], each) for of in (shape.first_work, shape.first_ahead))
+        given = _Given(own, ahead, *self._offloading(its, relief)) if self._links.host else _Given(own, ahead)
+        return self.closed.seconds(self.stages, self.plain.at, self.prices[:, :, its], its, given)
 
-    def passing_bytes(self, m: Ints, boundary: Floats) -> Floats:
-        """Activations of the micro-batches in flight, temporaries of the backward after them, and what waits to be sent."""
-        shape, p = self.shape, self.shape.pipeline
-        saved = (shape.counts @ self.work.saved)[shape.places]
-        sizes, which = np.unique(m, return_inverse=True)
-        if p.schedule == "interleaved":
-            flights = np.stack([_interleaved_held(p, size) for size in sizes.tolist()], axis=2)[:, :, which]
-            activations = (flights * saved).sum(axis=1)
-        else:
-            activations = np.stack([_in_flight(p, size) for size in sizes.tolist()], axis=1)[:, which] * saved.min(axis=1)
-        # After the forward that fills a stage comes the backward of some chunk, which ends with a layer or the head: with one chunk
-        # surely the head, if it is there.
-        ends = shape.work > 0
-        ends[:, EMBEDDING] = False
-        if p.chunks == 1:
-            ends[ends[:, HEAD], :HEAD] = False
-        working = np.stack([self.work.working[row].min(axis=0) for row in ends])
-        passing = activations + np.minimum(2, m) * shape.neighbours[:, None] * boundary
-        bound = np.stack([passing[shape.kind == k].max(axis=0) for k in range(len(working))]) + working
-        if not shape.splits:
-            return np.asarray(bound)
-        # Of each micro-batch held there is what its forward saved, or what its weights' half needs: of those put off surely the latter.
-        put_off = (shape.counts @ self.work.put_off)[shape.places]
-        held, deferred = (np.stack([of(p, size) for size in sizes.tolist()], axis=1)[:, which] for of in (_held, _deferred))
-        least = np.maximum(held * np.minimum(saved, put_off).min(axis=1), deferred * put_off.min(axis=1))
-        most = np.stack([least[shape.kind == k].max(axis=0) for k in range(len(working))])
-        return np.asarray(np.maximum(bound, most))
-
-
-@lru_cache(maxsize=4096)
-def _in_flight(pipeline: Pipeline, micro_batches: int) -> Ints:
-    """[stages]: chunks in flight. What the second half of a split backward still needs of others may be next to nothing."""
-    p = pipeline
-    return np.array([peak_in_flight(p.schedule, stage, p.pp, micro_batches, p.chunks) for stage in range(p.pp)])
-
-
-@lru_cache(maxsize=4096)
-def _held(pipeline: Pipeline, micro_batches: int) -> Ints:
-    """[stages]: chunks of which anything is there, be it for the weights' half of a backward."""
-    p = pipeline
-    return np.array([peak_held(p.schedule, stage, p.pp, micro_batches, p.chunks) for stage in range(p.pp)])
-
-
-@lru_cache(maxsize=4096)
-def _deferred(pipeline: Pipeline, micro_batches: int) -> Ints:
-    """[stages]: chunks whose weights' half is put off."""
-    p = pipeline
-    return np.array([peak_deferred(p.schedule, stage, p.pp, micro_batches) for stage in range(p.pp)])
-
-
-@lru_cache(maxsize=4096)
-def _interleaved_held(pipeline: Pipeline, micro_batches: int) -> Ints:
-    """[stages, chunks]: in flight at the end of the warm-up, whose forwards take the chunks in rounds of one a stage."""
-    p = pipeline
-    rounds, left = np.divmod(_in_flight(pipeline, micro_batches), p.pp * p.chunks)
-    return np.asarray(rounds[:, None] * p.pp + np.clip(left[:, None] - p.pp * np.arange(p.chunks), 0, p.pp))
-
-
-def _counts(pipeline: Pipeline, space: Space, kinds: tuple[Kind, ...]) -> Floats:
-    """[places, kinds + 2]: how many layers of each kind a place holds, and whether it holds the embedding and the head."""
-    model = space.model
-    layout = Layout(pp=pipeline.pp, schedule=pipeline.schedule, chunks=pipeline.chunks)
-    out = np.zeros((pipeline.pp * pipeline.chunks, len(kinds) + 2))
-    for chunk in (chunk for chunks in stage_chunks(model.layers, layout) for chunk in chunks):
-        for layer in chunk.layers:
-            out[chunk.place, kinds.index((model.window(layer), model.is_moe(layer)))] += 1
-        out[chunk.place, -2:] = chunk.first, chunk.last
-    return out
+    def _offloading(self, its: Ints, relief: Ints) -> tuple[Floats, Floats, Floats]:
+        """Seconds of reading parameters for each pass, and what the update of all state waits for, at the least."""
+        links, prices = self._links, self.prices[:, :, its]
+        assert links.host is not None
+        kept, all_ = prices[:, OPTIMIZER] * self._offloads[relief], self._all[relief]
+        written = kept + all_ * prices[:, COMING]
+        moved = np.maximum(kept, written) if links.duplex else kept + written
+        hides = self.closed.estimator.times.hides
+        update = np.maximum(0.0, moved / links.host - prices[:, UPDATE] * hides) * self._offloads[relief]
+        return all_ * prices[:, COMING] / links.host, all_ * prices[:, RETURNING] / links.host, update

@@ -34,6 +34,9 @@ def reason_against(estimate: Estimate, best: Estimate | None) -> str:
     if not estimate.fits:
         worst = max(estimate.memory, key=lambda stage: stage.total_bytes)
         category = max(worst.categories, key=lambda name: worst.categories[name])
+        if worst.total_bytes <= estimate.memory_limit_bytes and estimate.offload:
+            kept, room = estimate.offload.kept_bytes / GIB, estimate.host_limit_bytes / GIB
+            return f"does not fit: a rank offloads {kept:.1f} GiB, and the host has {room:.1f} for each of its ranks"
         return (
             f"does not fit: stage {worst.stage} needs {worst.total_bytes / GIB:.1f} GiB of {estimate.memory_limit_bytes / GIB:.1f}, "
             f"{worst.categories[category] / GIB:.1f} of it {category}"
@@ -49,11 +52,13 @@ class Kind:
     """Layouts that a person would try. `columns` reads the same fields of one layout and of all combinations of a space."""
 
     columns: Callable[[Any], Any] = lambda x: x.dp > 0
-    leaf: Callable[[str, int], bool] = lambda schedule, zero: True
-    """Of the schedule and the ZeRO stage."""
+    leaf: Callable[[str, int, int], bool] = lambda schedule, zero, again: True
+    """Of the schedule, the ZeRO stage, and what runs again: 0 nothing, 2 all layers whole, else 1."""
 
     def holds(self, layout: Layout) -> bool:
-        return bool(self.columns(layout)) and self.leaf(layout.schedule, layout.zero)
+        full = layout.recompute == "full" and layout.recompute_layers is None
+        again = 0 if layout.recompute == "none" else 2 if full else 1
+        return bool(self.columns(layout)) and self.leaf(layout.schedule, layout.zero, again)
 
 
 def kinds_of(domain: int) -> list[tuple[str, Kind]]:
@@ -65,15 +70,15 @@ def kinds_of(domain: int) -> list[tuple[str, Kind]]:
         (f"tensor parallel across domains (tp{2 * domain})", Kind(lambda x: x.tp == 2 * domain)),
         ("no pipeline", Kind(lambda x: x.pp == 1)),
         ("pipeline without data parallel", Kind(lambda x: (x.pp > 1) & (x.dp == 1))),
-        ("plain 1F1B", Kind(lambda x: x.pp > 1, lambda schedule, zero: schedule == "1f1b")),
+        ("plain 1F1B", Kind(lambda x: x.pp > 1, lambda schedule, zero, again: schedule == "1f1b")),
         ("no context parallel", Kind(lambda x: x.cp == 1)),
         ("experts whole on every rank", Kind(lambda x: (x.ep == 1) & (x.etp == 1))),
         ("experts over more than a domain", Kind(lambda x: x.ep * x.etp > domain)),
         ("no sequence parallel", Kind(lambda x: (x.tp > 1) & (x.sp == 0))),
-        ("no ZeRO", Kind(lambda x: x.dp > 1, lambda schedule, zero: zero == 0)),
-        ("ZeRO-3", Kind(lambda x: x.dp > 1, lambda schedule, zero: zero == 3)),
-        ("full recompute", Kind(lambda x: x.recompute == "full")),
-        ("no recompute", Kind(lambda x: x.recompute == "none")),
+        ("no ZeRO", Kind(lambda x: x.dp > 1, lambda schedule, zero, again: zero == 0)),
+        ("ZeRO-3", Kind(lambda x: x.dp > 1, lambda schedule, zero, again: zero == 3)),
+        ("full recompute", Kind(lambda x: x.dp > 0, lambda schedule, zero, again: again == 2)),
+        ("no recompute", Kind(lambda x: x.dp > 0, lambda schedule, zero, again: again == 0)),
     ]
 
 
@@ -108,7 +113,9 @@ def _name(part: str) -> str:
 def _mechanism(part: str, estimate: Estimate, best: Estimate) -> str:
     layout, other = estimate.layout, best.layout
     if part == "bubble":
-        return f": {estimate.bubble:.1%} of the step, {best.bubble:.1%} in the best"
+        return (
+            f": {estimate.bubble:.1%} of the step, {best.bubble:.1%} in the best" if estimate.bubble > best.bubble else ""
+        )
     if part == "optimizer":
         return ", its state not cut over dp" if other.zero > layout.zero else ""
     if part == "compute":

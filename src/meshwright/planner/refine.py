@@ -1,5 +1,5 @@
-"""What the search leaves out, tried on its finalists: recompute of fewer layers and of cheap parts, offload, rank orders, stages of
-equal cost, async tensor parallel, pairs.
+"""What the search leaves out, tried on its finalists: stages of equal cost, async tensor parallel, pairs; each with the recompute, offload
+and rank order that then fit best.
 
 Each of these changes little, and only from a layout that is good already: hill climbing with the exact estimator, one change at a
 time, until none makes the layout quicker.

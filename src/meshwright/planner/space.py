@@ -1,11 +1,13 @@
 """The legal space of layouts of a model on so many ranks, as arrays.
 
-A layout is put together from four choices that hardly depend on one another:
+A layout is put together from choices that hardly depend on one another:
 
-    local      tp, sp, cp, ulysses, micro-batch, recompute     what a layer costs on a rank
-    experts    ep, etp                                         what its experts cost
-    pipeline   pp, schedule, chunks                            which layers a stage holds, and how it waits
-    sharding   ZeRO stage and shard size                       what the state costs
+    local      tp, sp, cp, ulysses, micro-batch    what a layer costs on a rank
+    experts    ep, etp                             what its experts cost
+    pipeline   pp, schedule, chunks                which layers a stage holds, and how it waits
+    sharding   ZeRO stage and shard size           what the state costs
+    order      of the ranks                        which groups share a scale-up domain
+    relief     recompute, offload                  what gives way where memory is short
 
 dp is what is left. A combination is legal when the equations of the layout hold and each choice is legal by itself.
 """
@@ -13,22 +15,31 @@ dp is what is left. A combination is legal when the equations of the layout hold
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from meshwright.planner.arrays import Bools, Ints
+from meshwright.planner.orders import ORDERS, OTHERS, Order, RankOrders, data_stride, strides
 from meshwright.schedule.orders import check_micro_batches
+from meshwright.spec.cluster import Cluster
 from meshwright.spec.errors import UserError
-from meshwright.spec.layout import Layout, Precision, Recompute, ScheduleName
+from meshwright.spec.layout import (
+    DENSE_AXES,
+    OFFLOADS,
+    RECOMPUTE_PARTS,
+    Layout,
+    Offload,
+    Precision,
+    Recompute,
+    RecomputePart,
+    ScheduleName,
+)
 from meshwright.spec.legality import check_layout
 from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 MAX_MICRO_BATCH = 16
 """Sequences. Larger ones only add memory: the GEMMs of 16 sequences of any length worth training on are large."""
@@ -36,6 +47,13 @@ MIN_TOKENS = 512
 """Tokens of a sequence on a cp rank: a ring of shorter pieces sends more than it computes."""
 MAX_CHUNKS = 6
 """Chunks a stage of interleaved 1F1B: the bubble that is left after six is a sixth."""
+LOCAL_ORDERS: tuple[Order, ...] = (
+    ("dp", "tp", "cp", "pp"),
+    ("cp", "dp", "tp", "pp"),
+    ("tp", "dp", "cp", "pp"),
+    DENSE_AXES,
+)
+"""In which neither tp nor cp shares a domain, in which cp does, in which tp does, in which both do."""
 MAX_ETP = 8
 """Ranks that share an expert: experts are narrow, and their products get narrower."""
 
@@ -49,7 +67,18 @@ class Local:
     cp: int
     ulysses: int
     micro_batch: int
-    recompute: Recompute
+    order: Order = DENSE_AXES
+    """Of the ranks, if there were no pipeline: it says whether tp and cp share a scale-up domain."""
+
+    @property
+    def tp_inside(self) -> bool:
+        """Whether the ranks of tp do."""
+        return LOCAL_ORDERS.index(self.order) in (2, 3)
+
+    @property
+    def cp_place(self) -> int:
+        """Alike where the ranks of cp are the same distance apart: in the usual order that depends on tp."""
+        return self.tp if self.order == DENSE_AXES else -(LOCAL_ORDERS.index(self.order) == 1)
 
     def layout(self, gpus: int, precision: Precision, ep: int = 1, etp: int = 1) -> Layout:
         """With this work, on all of `gpus` ranks."""
@@ -62,8 +91,8 @@ class Local:
             ep=ep,
             etp=etp,
             micro_batch=self.micro_batch,
-            recompute=self.recompute,
             precision=precision,
+            order=self.order,
         )
 
 
@@ -81,6 +110,27 @@ class Sharding:
 
 
 @dataclass(frozen=True, slots=True)
+class Relief:
+    """What a layout gives up of its speed for memory. How many layers of a chunk run again is left open."""
+
+    recompute: Recompute = "none"
+    parts: tuple[RecomputePart, ...] = ("core",)
+    offload: Offload = "none"
+
+    def includes(self, less: Relief) -> bool:
+        """Whether all that `less` gives up this does too, in as many layers."""
+        if OFFLOADS.index(less.offload) > OFFLOADS.index(self.offload):
+            return False
+        if "none" in (less.recompute, self.recompute):
+            return less.recompute == "none"
+        whole = set(self.parts) | ({"activation"} if "mlp" in self.parts else set())
+        return self.recompute == "full" or (less.recompute == "selective" and set(less.parts) <= whole)
+
+
+NONE = Relief()
+
+
+@dataclass(frozen=True, slots=True)
 class Columns:
     """Of each combination of a space."""
 
@@ -89,7 +139,6 @@ class Columns:
     cp: Ints
     ulysses: Ints
     micro_batch: Ints
-    recompute: NDArray[np.str_]
     pp: Ints
     dp: Ints
     ep: Ints
@@ -106,12 +155,16 @@ class Space:
     precision: Precision
     domain: int
     """Ranks of one scale-up domain: hybrid sharding is offered over these."""
+    offloads: bool
+    """Whether state can wait in the memory of the host."""
     locals: tuple[Local, ...]
     experts: tuple[tuple[int, int], ...]
     local: Ints
     expert: Ints
     pp: Ints
     dp: Ints
+    order: Ints
+    """Of the ranks: an index of `ORDERS`."""
 
     @cached_property
     def micro_batches(self) -> Ints:
@@ -137,9 +190,24 @@ class Space:
     @cached_property
     def columns(self) -> Columns:
         """The fields of the combinations, by their names in a layout."""
-        local = {name: np.array([getattr(x, name) for x in self.locals])[self.local] for name in Local.__slots__}
+        names = ("tp", "sp", "cp", "ulysses", "micro_batch")
+        local = {name: np.array([getattr(x, name) for x in self.locals])[self.local] for name in names}
         ep, etp = (np.array([pair[i] for pair in self.experts])[self.expert] for i in range(2))
         return Columns(**local, pp=self.pp, dp=self.dp, ep=ep, etp=etp)
+
+    @cached_property
+    def strides(self) -> dict[str, Ints]:
+        """By axis, of each combination: ranks between neighbours."""
+        return strides(self.order, self._degrees)
+
+    @cached_property
+    def data_stride(self) -> Ints:
+        """Between ranks that hold the same weights of attention and dense layers, which are neighbours on dp and cp together."""
+        return data_stride(self.strides, self._degrees)
+
+    @cached_property
+    def _degrees(self) -> dict[str, Ints]:
+        return {axis: getattr(self.columns, axis) for axis in DENSE_AXES}
 
     @cached_property
     def shardings(self) -> list[Sharding]:
@@ -157,25 +225,96 @@ class Space:
         fills = sharding.shard * self.columns.tp[at] * cp == self.domain
         return np.asarray(fills & (dp % sharding.shard == 0) & (dp > sharding.shard))
 
+    @cached_property
+    def reliefs(self) -> list[Relief]:
+        """None, then every mode of recompute that is legal for the model, each with everything on the accelerator and with what can be
+        offloaded."""
+        modes = [NONE, Relief("full")]
+        for count in range(1, len(RECOMPUTE_PARTS) + 1):
+            modes += [Relief("selective", parts) for parts in combinations(RECOMPUTE_PARTS, count) if self._is_mode(parts)]
+        offloads: tuple[Offload, ...] = ("none", "optimizer", "all") if self.offloads else ("none",)
+        return [replace(mode, offload=offload) for offload in offloads for mode in modes]
+
+    def _is_mode(self, parts: tuple[RecomputePart, ...]) -> bool:
+        try:
+            whole = Workload(self.workload.seq, 1)
+            check_layout(Layout(recompute="selective", recompute_parts=parts), self.model, whole)
+        except UserError:
+            return False
+        return True
+
+    def can_relieve(self, relief: Relief, at: Ints, zero: Ints) -> Bools:
+        """Which of `at`, with these ZeRO stages: a ring keeps no scores, and only parameters that come and go can be kept away."""
+        legal = np.ones(len(at), dtype=bool)
+        if relief.recompute == "selective" and "core" in relief.parts:
+            legal &= self.columns.cp[at] == self.columns.ulysses[at]
+        if relief.offload == "all":
+            legal &= zero == 3
+        return legal
+
+    def most_layers(self, pipeline: Pipeline) -> int:
+        """Of a chunk."""
+        return -(-self.model.layers // (pipeline.pp * pipeline.chunks))
+
     def size(self) -> int:
-        """Layouts."""
-        # What can be sharded and run depends on the local choice and pp alone, whatever cuts experts.
+        """Layouts, in every order of ranks."""
         if not len(self.local):
             return 0
-        deepest = int(self.pp.max()) + 1
-        counts = np.bincount(self.local * deepest + self.pp)
+        # What can be sharded, run, ordered and relieved depends on the local choice, on pp and on whether experts are cut.
+        deepest, columns = int(self.pp.max()) + 1, self.columns
+        keys = (self.local * deepest + self.pp) * 2 + (columns.ep * columns.etp > 1)
+        counts = np.bincount(keys)
         first = np.zeros(len(counts), dtype=np.int64)
-        first[self.local * deepest + self.pp] = np.arange(len(self.local))
+        first[keys] = np.arange(len(self.local))
         alike, times = first[counts > 0], counts[counts > 0]
-        shardings = np.sum([self.can_shard(sharding, alike) for sharding in self.shardings], axis=0)
-        pipelines = np.zeros(len(alike), dtype=np.int64)
+        # With one kind of relief as many layers may run again as a chunk has.
+        plain, again = (np.zeros(len(alike), dtype=np.int64) for _ in range(2))
+        reliefs = {zero: self._count_reliefs(alike, zero) for zero in range(4)}
+        for sharding in self.shardings:
+            can = self.can_shard(sharding, alike)
+            plain += can * reliefs[sharding.zero][0]
+            again += can * reliefs[sharding.zero][1]
+        layouts = np.zeros(len(alike), dtype=np.int64)
         for pp in np.unique(self.pp).tolist():
             its = np.flatnonzero(self.pp[alike] == pp)
-            pipelines[its] = np.sum([self.runs(pipeline, alike[its]) for pipeline in self.pipelines(pp)], axis=0)
-        return int((pipelines * shardings * times).sum())
+            for pipeline in self.pipelines(pp):
+                ways = plain[its] + again[its] * self.most_layers(pipeline)
+                layouts[its] += self.runs(pipeline, alike[its]) * ways
+        orders = self.orders(alike)
+        return int((layouts * times * (1 + np.sum([orders.can(order) for order in OTHERS], axis=0))).sum())
 
-    def layout(self, at: int, pipeline: Pipeline, sharding: Sharding) -> Layout:
+    def _count_reliefs(self, at: Ints, zero: int) -> tuple[Ints, Ints]:
+        """Of each of `at` under a ZeRO stage: reliefs that run nothing again, and those that do."""
+        out = np.zeros(len(at), dtype=np.int64), np.zeros(len(at), dtype=np.int64)
+        for relief in self.reliefs:
+            out[relief.recompute != "none"][:] += self.can_relieve(relief, at, np.full(len(at), zero))
+        return out
+
+    def orders(self, at: Ints) -> RankOrders:
+        """Of the combinations `at`."""
+        degrees = {axis: each[at] for axis, each in self._degrees.items()}
+        return RankOrders(degrees, self.columns.ep[at] * self.columns.etp[at] > 1, self.domain)
+
+    def ordered(self, at: Ints, order: Ints) -> Space:
+        """The combinations `at`, each with its ranks in another order, which is legal for it; local choices and experts that none of them
+        has are left out."""
+        degrees = {axis: each[at] for axis, each in self._degrees.items()}
+        spans = {axis: strides(order, degrees)[axis] * degrees[axis] for axis in ("tp", "cp")}
+        tp_inside, cp_inside = ((degrees[axis] == 1) | (span <= self.domain) for axis, span in spans.items())
+        used, local = np.unique(self.local[at] * 4 + 2 * tp_inside + cp_inside, return_inverse=True)
+        locals_ = tuple(replace(self.locals[key // 4], order=LOCAL_ORDERS[key % 4]) for key in used.tolist())
+        cuts, expert = np.unique(self.expert[at], return_inverse=True)
+        experts = tuple(self.experts[cut] for cut in cuts.tolist())
+        return replace(
+            self, locals=locals_, experts=experts, local=local, expert=expert, pp=self.pp[at], dp=self.dp[at], order=order
+        )
+
+    def layout(
+        self, at: int, pipeline: Pipeline, sharding: Sharding, relief: Relief = NONE, layers: int | None = None
+    ) -> Layout:
+        """`layers`: of each chunk, which run again; None: all."""
         local, (ep, etp) = self.locals[self.local[at]], self.experts[self.expert[at]]
+        all_ = relief.recompute == "none" or layers is None or layers >= self.most_layers(pipeline)
         return Layout(
             dp=int(self.dp[at]),
             tp=local.tp,
@@ -190,13 +329,26 @@ class Space:
             schedule=pipeline.schedule,
             cp_ulysses=local.ulysses,
             micro_batch=local.micro_batch,
-            recompute=local.recompute,
+            recompute=relief.recompute,
+            recompute_parts=relief.parts,
+            recompute_layers=None if all_ else layers,
             precision=self.precision,
+            offload=relief.offload,
+            order=ORDERS[self.order[at]],
         )
 
 
-def legal_space(model: Model, workload: Workload, gpus: int, precision: Precision, domain: int = 8) -> Space:
-    """All of it; arrays are empty where nothing is legal. `domain`: ranks of a scale-up domain."""
+def space_on(cluster: Cluster, model: Model, workload: Workload, gpus: int, precision: Precision) -> Space:
+    """The legal space on accelerators of `cluster`."""
+    offloads = cluster.accelerator.host_bandwidth is not None
+    return legal_space(model, workload, gpus, precision, cluster.fabric.domain, offloads)
+
+
+def legal_space(
+    model: Model, workload: Workload, gpus: int, precision: Precision, domain: int = 8, offloads: bool = False
+) -> Space:
+    """All of it; arrays are empty where nothing is legal. `domain`: ranks of a scale-up domain; `offloads`: whether it is known how
+    fast state comes and goes."""
     locals_ = tuple(_locals(model, workload, gpus, precision))
     experts = tuple(_experts(model, gpus))
     stages = np.array([pp for pp in divisors(gpus) if pp <= model.layers], dtype=np.int64)
@@ -208,7 +360,10 @@ def legal_space(model: Model, workload: Workload, gpus: int, precision: Precisio
     fills = (gpus % inner == 0) & (dp > 0) & (workload.global_batch % np.maximum(1, dp * size[:, None]) == 0)
     folds = (gpus // stages) % folded[:, None] == 0
     local, expert, pp = np.nonzero(fills[:, None] & folds)
-    return Space(model, workload, gpus, precision, domain, locals_, experts, local, expert, stages[pp], dp[local, pp])
+    usual = np.zeros(len(local), dtype=np.int64)
+    return Space(
+        model, workload, gpus, precision, domain, offloads, locals_, experts, local, expert, stages[pp], dp[local, pp], usual
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -231,10 +386,8 @@ def _locals_of(tp: int, cp: int, model: Model, workload: Workload, gpus: int, pr
             if micro_batch > MAX_MICRO_BATCH:
                 break
             for sp in (True, False) if tp > 1 else (False,):
-                for recompute in ("none", "full") if cp > ulysses else ("none", "selective", "full"):
-                    local = Local(tp, sp, cp, ulysses, micro_batch, recompute)
-                    if not _is_legal(local.layout(gpus, precision), model, workload):
-                        break  # for the same reason whatever is recomputed
+                local = Local(tp, sp, cp, ulysses, micro_batch)
+                if _is_legal(local.layout(gpus, precision), model, workload):
                     yield local
 
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meshwright.cost.collectives import Curve
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.ops import Collective, CollectiveOp, Elementwise
-from meshwright.planner.space import Bools, Floats, Ints, Space
+from meshwright.planner.arrays import Bools, Floats, Ints
+from meshwright.planner.space import Space
 from meshwright.planner.tables import ShardSizes, Tables
 from meshwright.schedule.buckets import bucket_bytes
 from meshwright.spec.layout import Layout
@@ -23,10 +25,15 @@ Held = tuple[int, ...]
 comes while the one before is used."""
 
 FORWARD, BACKWARD, REDUCTION = slice(0, 2), slice(2, 4), slice(4, 6)
-REST, BYTES = 6, 7
-PRICES = 8
+REST, BYTES, UPDATE, OPTIMIZER, COMING, RETURNING = range(6, 12)
+PRICES = 12
 """Rows of a price: seconds gathering for forward, and for backward with what is reduced there, of the gradients' reduction, each on the
-links of a domain and on the network; of what follows it; bytes."""
+links of a domain and on the network; of what follows it; bytes; seconds of the optimizer alone; of the bytes, those of its state, of
+parameters that come and go, and of those that do so again for backward."""
+
+
+FREE = Curve(((0.0, 0.0),))
+"""Of a single rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,17 @@ class _Bunches:
     each: Ints
 
 
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """Groups of ranks on an axis, of each way one of these `groups`: (size, stride)."""
+
+    axis: str
+    groups: list[tuple[int, int]]
+    which: Ints
+    several: Bools
+    """Whether there is more than one rank."""
+
+
 class StatePrices:
     """Of every combination of a space under each sharding; asked once for all that cut their state alike."""
 
@@ -81,13 +99,16 @@ class StatePrices:
         self.per_byte = kernels.elementwise(Elementwise("optimizer", 1)) - self.start
         self._known: dict[Held, tuple[Ints, Floats]] = {}
         self._sizes: dict[_Group, tuple[Ints, Ints]] = {}
+        self._curves: dict[tuple[str, CollectiveOp, int, int], Curve | None] = {}
         zero = [(sharding.zero, sharding.shard or 0) for sharding in space.shardings]
         self._zero, self._shard = np.array(zero, dtype=np.int64).T
 
     def price(self, helds: Sequence[Held], at: Ints, sharding: Ints) -> Floats:
-        """[stages, 8, n] of stages that hold `helds`, for the combinations `at`, each with a sharding (an index of the space's)."""
+        """[stages, prices, n] of stages that hold `helds`, for the combinations `at`, each with a sharding (an index of the space's)."""
         columns, most = self.space.columns, self.space.gpus + 1
         keys = ((self.tables.split[at] * len(self._zero) + sharding) * most + columns.cp[at]) * most + self.space.dp[at]
+        if self.space.order.any():
+            keys = keys * most + self.space.data_stride[at]
         unique, first, which = np.unique(keys, return_index=True, return_inverse=True)
         self._learn(helds, unique, at[first], sharding[first])
         out = np.empty((len(helds), PRICES, len(at)))
@@ -114,7 +135,7 @@ class StatePrices:
             self._known[held] = known[order], values[:, order]
 
     def _new(self, held: Ints, at: Ints, sharding: Ints) -> Floats:
-        """[8, n]; `held` is [2 * rows of the tables, n]."""
+        """[prices, n]; `held` is [2 * rows of the tables, n]."""
         out, zero, shard = np.empty((PRICES, len(at))), self._zero[sharding], self._shard[sharding]
         for its in (np.flatnonzero(zero < 3), np.flatnonzero(zero == 3)):
             if len(its):
@@ -137,19 +158,19 @@ class StatePrices:
             owned_all, elements_all = owned_all + owned, elements_all + elements
             bunches = _by_row(held, rows, each) if group.comes_and_goes else self._buckets(count, each, cuts.ranks)
             axis = "edp" if group.routed else "dp"
-            gather = self._seconds(axis, "all_gather", cuts.cuts, cuts.stride, bunches, size.parameter)
-            scatter = self._seconds(axis, "reduce_scatter", cuts.cuts, cuts.stride, bunches, size.gradient)
+            within = self._ranks(axis, cuts.cuts, cuts.stride)
+            gather = self._seconds(within, "all_gather", bunches, size.parameter)
+            scatter = self._seconds(within, "reduce_scatter", bunches, size.gradient)
             shares = _Bunches(bunches.count, bunches.each // cuts.cuts)
-            replicas = self._seconds(
-                axis, "all_reduce", cuts.ranks // cuts.cuts, cuts.stride * cuts.cuts, shares, size.gradient
-            )
+            across = self._ranks(axis, cuts.ranks // cuts.cuts, cuts.stride * cuts.cuts)
+            replicas = self._seconds(across, "all_reduce", shares, size.gradient)
             over = self._by_links(cuts.cuts, cuts.stride)
             if group.comes_and_goes:
                 # The embedding and the head need not be gathered for backward.
                 layers = _by_row(ends, rows, each)
                 units += (cuts.cuts > 1) * at_once * bunches.each
                 out[FORWARD] += over * gather
-                out[BACKWARD] += over * self._seconds(axis, "all_gather", cuts.cuts, cuts.stride, layers, size.parameter)
+                out[BACKWARD] += over * self._seconds(within, "all_gather", layers, size.parameter)
             out[BACKWARD] += over * (scatters * scatter)
             whole = cuts.cuts == 1
             alone = bunches.count * bunches.each > 0 if group.comes_and_goes else count * each > 0
@@ -161,6 +182,10 @@ class StatePrices:
             parameters = owned if group.comes_and_goes else elements
             gradients = np.where(scatters, owned, elements)
             out[BYTES] += parameters * size.parameter + gradients * size.gradient + owned * size.optimizer
+            out[OPTIMIZER] += owned * size.optimizer
+            if group.comes_and_goes:
+                out[COMING] += owned * size.parameter
+                out[RETURNING] += (ends[rows] * each).sum(axis=0) // cuts.cuts * size.parameter
         out[BYTES] += units.max(axis=0) * size.parameter  # the largest, whole while they are used
         if size.gradient != size.parameter:  # a whole gradient goes through no parameters' buffer
             out[BYTES] += scatters * buffer * size.gradient
@@ -169,7 +194,8 @@ class StatePrices:
             owned_all * (2 * (size.optimizer + size.parameter) + size.gradient)
             + (elements_all + 3 * owned_all) * size.gradient
         )
-        out[REST] += self.start + self.per_byte * moved
+        out[UPDATE] = self.start + self.per_byte * moved
+        out[REST] += out[UPDATE]
         return out
 
     def _by_links(self, size: Ints, stride: Ints) -> Ints:
@@ -179,9 +205,10 @@ class StatePrices:
 
     def _cuts(self, group: _Group, at: Ints, zero: Ints, shard: Ints) -> _Cuts:
         columns = self.space.columns
-        ranks, stride = self.space.dp[at] * columns.cp[at], columns.tp[at]
+        ranks, stride = self.space.dp[at] * columns.cp[at], self.space.data_stride[at]
         if group.routed:
-            ranks, stride = ranks * columns.tp[at] // (columns.ep[at] * columns.etp[at]), columns.ep[at] * columns.etp[at]
+            cut = columns.ep[at] * columns.etp[at]
+            ranks, stride = ranks * columns.tp[at] // cut, cut
         within = np.gcd(shard, ranks) if group.routed else shard
         return _Cuts(ranks, np.where(zero == 0, 1, np.where(shard > 0, within, ranks)), stride)
 
@@ -201,35 +228,41 @@ class StatePrices:
         full, rest = np.divmod((count * each * ~alone).sum(axis=0), limit)
         return _Bunches(np.vstack((count * alone, full, np.ones_like(full))), np.vstack((each, limit, rest)))
 
-    def _seconds(self, axis: str, op: CollectiveOp, group: Ints, stride: Ints, bunches: _Bunches, size: int) -> Floats:
-        """Of a call for each bunch."""
-        called: Bools = (group > 1) & (bunches.count > 0) & (bunches.each > 0)
-        each = self._price(axis, op, group, stride, bunches.each * size)
-        return np.asarray((called * bunches.count * each).sum(axis=0))
+    def _ranks(self, axis: str, size: Ints, stride: Ints) -> _Ranks:
+        unique, which = np.unique(size * (self.space.gpus + 1) + stride, return_inverse=True)
+        return _Ranks(axis, [divmod(one, self.space.gpus + 1) for one in unique.tolist()], which, size > 1)
 
-    def _price(self, axis: str, op: CollectiveOp, group: Ints, stride: Ints, nbytes: Ints) -> Floats:
+    def _seconds(self, ranks: _Ranks, op: CollectiveOp, bunches: _Bunches, size: int) -> Floats:
+        """Of a call for each bunch."""
+        called: Bools = ranks.several & (bunches.count > 0) & (bunches.each > 0)
+        if not called.any():
+            return np.zeros(len(ranks.several))
+        return np.asarray((called * bunches.count * self._price(ranks, op, bunches.each * size)).sum(axis=0))
+
+    def _price(self, ranks: _Ranks, op: CollectiveOp, nbytes: Ints) -> Floats:
         """[bunches, ways]: seconds of one call of so many bytes."""
-        pairs, which = np.unique(group * (self.space.gpus + 1) + stride, return_inverse=True)
-        kinds = [
-            Collective(axis, op, ranks, apart, 0)
-            for ranks, apart in (divmod(pair, self.space.gpus + 1) for pair in pairs.tolist())
-        ]
-        curves = [self.times.curve(kind) if kind.group_size > 1 else None for kind in kinds]
-        if any(curve is None and kind.group_size > 1 for curve, kind in zip(curves, kinds, strict=True)):
-            return self._measured(kinds, which, nbytes)
-        lines = [curve.lines if curve else ((0.0, 0.0),) for curve in curves]
+        curves = [self._curve(ranks.axis, op, *group) for group in ranks.groups]
+        if None in curves:
+            return self._measured([Collective(ranks.axis, op, *group, 0) for group in ranks.groups], ranks.which, nbytes)
+        lines = [curve.lines for curve in curves if curve]
         most = max(map(len, lines))
-        table = np.array([[*its, *(its[:1] * (most - len(its)))] for its in lines])[which]
-        floor = np.array([curve.floor if curve else 0.0 for curve in curves])[which]
+        table = np.array([its + its[:1] * (most - len(its)) for its in lines])[ranks.which]
+        floor = np.array([curve.floor for curve in curves if curve])[ranks.which]
         quickest = np.minimum.reduce([table[:, i, 0] + table[:, i, 1] * nbytes for i in range(most)])
         return np.asarray(np.maximum(floor, quickest))
+
+    def _curve(self, axis: str, op: CollectiveOp, size: int, stride: int) -> Curve | None:
+        key = axis, op, size, stride
+        if key not in self._curves:
+            self._curves[key] = self.times.curve(Collective(*key, 0)) if size > 1 else FREE
+        return self._curves[key]
 
     def _measured(self, kinds: Sequence[Collective], which: Ints, nbytes: Ints) -> Floats:
         """Between measured points there is no line to draw for many at once."""
         seconds = [
             [
-                self.times.seconds(Collective(k.axis, k.op, k.group_size, k.stride, n)) if k.group_size > 1 else 0.0
-                for k, n in zip((kinds[i] for i in which), row, strict=True)
+                self.times.seconds(kinds[i]._replace(bytes=n)) if kinds[i].group_size > 1 else 0.0
+                for i, n in zip(which, row, strict=True)
             ]
             for row in nbytes.tolist()
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -40,9 +42,9 @@ def _headline(e: Estimate) -> RenderableType:
     if (away := e.offload) is not None:
         moved = f"{size(away.read_bytes)} read and {size(away.written_bytes)} written a step"
         times = f"{seconds(away.time_s)}, of which {seconds(away.exposed_s)} exposed"
-        rows.insert(
-            -1, (f"offload to {away.where}", f"{gib(away.kept_bytes)} of the rank that keeps most; {moved}: {times}")
-        )
+        room = f", of {gib(e.host_limit_bytes)} that the host has for it" if isfinite(e.host_limit_bytes) else ""
+        kept = f"{gib(away.kept_bytes)} of the rank that keeps most{room}"
+        rows.insert(-1, (f"offload to {away.where}", f"{kept}; {moved}: {times}"))
     for row in rows:
         table.add_row(*row)
     return table

@@ -85,6 +85,8 @@ class Node(_Frozen):
     nic_bandwidth: float = Field(ge=0)
     """Bytes/s of one NIC (400 Gbit/s = 50e9)."""
     power_watts: Positive | None = None
+    host_memory_bytes: Positive | None = None
+    """Of the host, for what its ranks offload. None: not known, and taken to be enough."""
     file_bandwidth: Positive | None = None
     """Bytes/s that its ranks together read and write in files on its own drives. None: not known."""
     compute_slots: int | None = Field(default=None, ge=1)

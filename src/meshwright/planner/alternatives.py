@@ -1,0 +1,190 @@
+"""What people would try first: of each obvious kind the best layout that is found without a search of its own.
+
+Looked at are those that the search has priced, and the likeliest combinations of each kind, as they are and with full recompute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from meshwright.cost.result import Estimate
+from meshwright.planner.arrays import Bools, Ints
+from meshwright.planner.bounds import Bounds, ClosedForm
+from meshwright.planner.explain import Kind, kinds_of
+from meshwright.planner.space import Space
+from meshwright.planner.trials import Trials
+from meshwright.spec.layout import SCHEDULES, Layout
+
+MOST_PER_KIND = 256
+"""Combinations of each kind that are looked at."""
+MOST_RECOMPUTED = 128
+"""Layouts of each that are looked at with full recompute."""
+ROOM = (1.0, 0.98, 0.95, 0.9, 0.8, 0.65)
+"""Those layouts are tried until one fits, of each schedule, that by their bounds are the quickest within these shares of the memory."""
+MOST_TRIES, NEAR = 3, 0.05
+"""How many of a kind are played while their steps are longer than their bounds by more than this share."""
+
+
+class Alternatives:
+    """`priced`: bounds that a search has made; `fitting`: (seconds, layout) of those that it found to fit."""
+
+    def __init__(
+        self,
+        closed: ClosedForm,
+        trials: Trials,
+        priced: Sequence[Bounds],
+        fitting: Collection[tuple[float, Layout]],
+    ):
+        self.closed, self.trials, self.fitting = closed, trials, fitting
+        self.space, self.limit = closed.space, closed.estimator.cluster.accelerator.memory_bytes
+        self._priced = [bounds for bounds in priced if bounds.form is closed]
+
+    def beside(self, best: Layout) -> Iterator[tuple[str, Estimate]]:
+        """By the names of their kinds: of the quickest that fit by their bounds the first that does when it is tried; where none does, what
+        needs least memory. Kinds that the `best` of all is of are left out."""
+        seen = {best}
+        kinds = [
+            (name, kind) for name, kind in kinds_of(self.closed.estimator.cluster.fabric.domain) if not kind.holds(best)
+        ]
+        for (name, kind), found in zip(kinds, self._best_of([kind for _, kind in kinds]), strict=True):
+            layout = self._first_that_fits(found, kind)
+            if layout is not None and layout not in seen:
+                seen.add(layout)
+                yield name, self.closed.estimator.estimate(layout)
+
+    def _first_that_fits(self, found: Found, kind: Kind) -> Layout | None:
+        """Or another that is known to be quicker; where its bound was far from its step, the next few are played too."""
+        fitting = [one for one in self.fitting if kind.holds(one[1])]
+        quickest, tried = min(fitting, key=lambda one: one[0], default=(float("inf"), None)), 0
+        for bound, bounds, row in found.fitting:
+            if bound >= quickest[0] or tried == MOST_TRIES:
+                break
+            layout = self.trials.that_fits(bounds, row) if bounds.relief[row] else bounds.layout(row)
+            if layout is not None and self.trials.fits(layout):
+                layout = self._with_less_relief(bounds, row, kind) or layout
+                seconds = self.trials.play(layout).step_time_s
+                quickest, tried = min(quickest, (seconds, layout), key=lambda one: one[0]), tried + 1
+                if seconds < bound * (1 + NEAR):
+                    break
+        if quickest[1] is not None:
+            return quickest[1]
+        if found.fitting:
+            return found.fitting[0][1].layout(found.fitting[0][2])
+        return found.least[0].layout(found.least[1]) if found.least else None
+
+    def _with_less_relief(self, bounds: Bounds, row: int, kind: Kind) -> Layout | None:
+        """If all its layers run again, the same layout with the quickest relief that fits."""
+        layout = bounds.layout(row)
+        if layout.recompute != "full" or layout.recompute_layers is not None:
+            return None
+        one = bounds.take(np.array([row]))
+        plain = replace(one, relief=np.zeros_like(one.relief), layers=np.zeros_like(one.layers))
+        eased = self.closed.relieve(plain, np.array([0]), float(bounds.seconds[row]))
+        for i in np.argsort(eased.seconds, kind="stable").tolist():
+            if kind.holds(eased.layout(i)) and (found := self.trials.that_fits(eased, i)) is not None:
+                return found
+        return None
+
+    def _best_of(self, kinds: list[Kind]) -> list[Found]:
+        """Of each kind, of those already priced and of its likeliest combinations, as they are and with full recompute."""
+        columns = [kind.columns(self.space.columns) for kind in kinds]
+        likely = [self.closed.likely[np.flatnonzero(of_kind[self.closed.likely])[:MOST_PER_KIND]] for of_kind in columns]
+        first = np.unique(np.concatenate([np.empty(0, np.int64), *likely]))
+        flat = Flat(self.space, [*self._priced, *self.closed.price(first, plain=True)])
+        every = list(zip(kinds, columns, strict=True))
+        found = [flat.least_of(*of, self.limit) for of in every]
+        short, wanted = flat.bytes > self.limit, np.zeros(len(flat.at), dtype=bool)
+        for one, (kind, of_kind) in zip(found, every, strict=True):
+            its = np.flatnonzero(flat.members(kind, of_kind, 2) & (flat.again == 0) & (flat.seconds < one.seconds))
+            if one.fitting:
+                its = its[short[its]]
+            wanted[its[np.argsort(flat.seconds[its], kind="stable")[:MOST_RECOMPUTED]]] = True
+        again = Flat(self.space, [self.closed.recomputed(bounds) for bounds in flat.taken(wanted)])
+        return [one.or_(again.least_of(*of, self.limit)) for one, of in zip(found, every, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The quickest that fit by their bounds, else what needs the fewest bytes."""
+
+    fitting: tuple[tuple[float, Bounds, int], ...] = ()
+    """(seconds, bounds, row), a few of each schedule, quickest first."""
+    bytes: float = float("inf")
+    least: tuple[Bounds, int] | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.fitting[0][0] if self.fitting else float("inf")
+
+    def or_(self, other: Found) -> Found:
+        fitting = sorted((*self.fitting, *other.fitting), key=lambda one: one[0])
+        least = min(self, other, key=lambda found: found.bytes)
+        return Found(tuple(fitting), least.bytes, least.least)
+
+
+class Flat:
+    """Many bounds in one row."""
+
+    def __init__(self, space: Space, every: Sequence[Bounds]):
+        self.space, self.every = space, every
+        self.seconds, self.bytes = (
+            np.concatenate([[], *(getattr(b, name) for b in every)]) for name in ("seconds", "bytes")
+        )
+        names = ("at", "sharding", "relief", "layers")
+        self.at, self.sharding, relief, layers = (
+            np.concatenate([np.empty(0, np.int64), *(getattr(b, name) for b in every)]) for name in names
+        )
+        self.first = np.cumsum([0, *(len(b.at) for b in every)])
+        self.number = np.repeat(np.arange(len(every)), np.diff(self.first))
+        self.schedule = np.array([SCHEDULES.index(b.pipeline.schedule) for b in every], dtype=np.int64)[self.number]
+        self.zero = np.array([sharding.zero for sharding in space.shardings])[self.sharding]
+        modes = np.array([relief.recompute for relief in space.reliefs])[relief]
+        most = np.array([0, *(space.most_layers(b.pipeline) for b in every)])[1:][self.number]
+        self.again = np.where(modes == "none", 0, np.where((modes == "full") & (layers == most), 2, 1))
+        """0 where nothing runs again, 2 where all layers do whole, else 1."""
+
+    def where(self, row: int) -> tuple[Bounds, int]:
+        """The bounds that have it, and its row there."""
+        number = int(self.number[row])
+        return self.every[number], int(row - self.first[number])
+
+    def layout(self, row: int) -> Layout:
+        bounds, its = self.where(row)
+        return bounds.layout(its)
+
+    def taken(self, rows: Bools) -> Iterator[Bounds]:
+        """Of each of the bounds those `rows`, if any."""
+        for number, bounds in enumerate(self.every):
+            its = np.flatnonzero(rows[self.first[number] : self.first[number + 1]])
+            if len(its):
+                yield bounds.take(its)
+
+    def members(self, kind: Kind, of_kind: Bools, again: Ints | int) -> Bools:
+        """Which are of `kind`, if so much of them ran `again`."""
+        leaf = [[[kind.leaf(schedule, zero, x) for x in range(3)] for zero in range(4)] for schedule in SCHEDULES]
+        return np.asarray(of_kind[self.at] & np.array(leaf)[self.schedule, self.zero, again])
+
+    def least_of(self, kind: Kind, of_kind: Bools, limit: float) -> Found:
+        """Of the members of `kind`."""
+        its = np.flatnonzero(self.members(kind, of_kind, self.again))
+        if not len(its):
+            return Found()
+        fits = its[self.bytes[its] <= limit]
+        if len(fits):
+            return Found(tuple((float(self.seconds[row]), *self.where(row)) for row in self._quickest(fits, limit)))
+        row = int(its[np.argmin(self.bytes[its])])
+        return Found(bytes=float(self.bytes[row]), least=self.where(row))
+
+    def _quickest(self, rows: Ints, limit: float) -> list[int]:
+        """Of `rows`, of each schedule the quickest that leave more and more of `limit` free: bounds of memory are not equally near."""
+        found = set[int]()
+        for schedule in np.flatnonzero(np.bincount(self.schedule[rows])):
+            its = rows[self.schedule[rows] == schedule]
+            for share in ROOM:
+                its = its[self.bytes[its] <= share * limit]
+                if len(its):
+                    found.add(int(its[np.argmin(self.seconds[its])]))
+        return sorted(found, key=lambda row: float(self.seconds[row]))

@@ -1,0 +1,232 @@
+"""Which stages of a pipeline hold what, and what each kind of stage does and keeps, for many combinations at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from meshwright.planner.arrays import Bools, Floats, Ints
+from meshwright.planner.space import Pipeline, Space
+from meshwright.planner.state import Held
+from meshwright.planner.tables import Kind
+from meshwright.schedule.orders import peak_deferred, peak_held, peak_in_flight
+from meshwright.schedule.stages import placement, stage_chunks
+from meshwright.spec.layout import Layout
+
+SPLIT_BACKWARD = ("zb-h1", "zb-v", "dualpipe-v")
+EMBEDDING, HEAD = -2, -1
+"""Their rows in the tables."""
+
+
+class Work(NamedTuple):
+    """Of some combinations: rows of the tables, [kinds + 2, combinations]."""
+
+    forward: Floats
+    backward: Floats
+    weight: Floats
+    saved: Floats
+    put_off: Floats
+    working: Floats
+    forward_scale_up: Floats
+    forward_network: Floats
+    backward_scale_up: Floats
+    backward_network: Floats
+
+    def take(self, its: Ints) -> Work:
+        return Work(*(table[:, its] for table in self))
+
+
+class Shape:
+    """Which stages of a pipeline hold what, and how much each kind of stage does of each row of the tables."""
+
+    def __init__(self, pipeline: Pipeline, space: Space, kinds_of_layers: tuple[Kind, ...]):
+        counts, in_a_row = _counts(pipeline, space, kinds_of_layers), _in_a_row(space, kinds_of_layers)
+        self.pipeline, self.counts = pipeline, counts[-1]
+        """[places, rows]."""
+        self.first_layers = counts
+        """[layers + 1, places, rows]: the same of none, of the first of each place, of the first two, and so on to all."""
+        self.places = np.array(placement(pipeline.schedule, pipeline.pp, pipeline.chunks))
+        self.splits = pipeline.schedule in SPLIT_BACKWARD
+        kinds, kind = np.unique(self.counts[self.places].sum(axis=1), axis=0, return_inverse=True)
+        self.kind = kind.ravel()
+        """[stages]: stages that hold the same layers are of one kind."""
+        self.work = kinds
+        """[kinds of stages, rows]."""
+        # Of stages alike, the one furthest into the model waits longest.
+        first = np.array([self.places[np.flatnonzero(self.kind == k)[-1]].min() for k in range(len(kinds))])
+        before = np.cumsum(counts, axis=1) - counts
+        self.ahead = before[-1, first]
+        """[kinds of stages, rows]: what other stages do before it can begin."""
+        self.first_ahead = before[:, first]
+        """[layers + 1, kinds of stages, rows]: of that, what belongs to the first layers of each place."""
+        self.hops = first[:, None]
+        several = (self.counts > 1)[self.places].any(axis=1) & in_a_row
+        twice = np.stack([several[self.kind == k].all(axis=0) for k in range(len(kinds))])
+        self.held: list[Held] = [
+            tuple(row) for row in np.hstack((kinds, np.minimum(kinds, 1 + twice))).astype(np.int64).tolist()
+        ]
+        beside = np.concatenate((self.places - 1, self.places + 1), axis=1)
+        elsewhere = (beside[:, :, None] != self.places[:, None]).all(axis=2)
+        self.neighbours = (elsewhere & (beside >= 0) & (beside < self.places.size)).sum(axis=1)
+        """[stages]: how many places beside its own are on other stages."""
+
+    @cached_property
+    def all_stages(self) -> Ints:
+        return np.arange(len(self.places))
+
+    @cached_property
+    def outer_stages(self) -> Ints:
+        """Of each kind the first and the last: one of them holds most, micro-batches in flight or halves of backwards put off."""
+        alike = [np.flatnonzero(self.kind == k) for k in range(len(self.work))]
+        return np.unique([at for its in alike for at in (its[0], its[-1])])
+
+    @cached_property
+    def first_work(self) -> Floats:
+        """[layers + 1, kinds of stages, rows]: how many of the first layers of each place a stage holds, at the least."""
+        of_stages = self.first_layers[:, self.places].sum(axis=2)
+        return np.stack([of_stages[:, self.kind == k].min(axis=1) for k in range(len(self.work))], axis=1)
+
+
+class Stages:
+    """What each kind of stage of a pipeline does for one micro-batch; arrays are [kinds of stages, combinations]."""
+
+    def __init__(self, shape: Shape, work: Work, m: Ints, hop: Floats):
+        """`m`: micro-batches; `hop`: seconds of a send to the next stage."""
+        self.shape, self.work, self.m, self.hop = shape, work, m, hop
+        self.forward, self.backward = shape.work @ work.forward, shape.work @ work.backward
+
+    @cached_property
+    def forward_links(self) -> Floats:
+        """[kinds of stages, links, combinations]: seconds that the links of a domain, and the network, are taken for."""
+        return self._on(self.work.forward_scale_up, self.work.forward_network)
+
+    @cached_property
+    def backward_links(self) -> Floats:
+        return self._on(self.work.backward_scale_up, self.work.backward_network)
+
+    def _on(self, *links: Floats) -> Floats:
+        return np.stack([self.shape.work @ link for link in links], axis=1)
+
+    def take(self, its: Ints) -> Stages:
+        return Stages(self.shape, self.work.take(its), self.m[its], self.hop[its])
+
+    def bound(self, its: Ints | None = None, each: Floats | None = None, again: Floats | float = 0.0) -> Floats:
+        """Seconds of all micro-batches; `each`: of one through each kind of stage, for the combinations `its` (with repeats);
+        `again`: of the backward of the places before it, what runs the forward again."""
+        ahead, work, m = self.shape.ahead, self.work, self.m
+        waited = self.shape.hops * self.hop
+        fill, drain, weights = ahead @ work.forward + waited, ahead @ work.backward + waited, None
+        if self.shape.splits:
+            weights = m * (self.shape.work @ work.weight)
+            drain -= ahead @ work.weight
+        if its is not None:
+            m, fill, drain = m[its], fill[:, its], drain[:, its]
+            weights = None if weights is None else weights[:, its]
+        drain = drain + again
+        whole = m * (self.forward + self.backward if each is None else each)
+        if weights is not None:
+            return np.asarray((fill + np.maximum(whole, whole - weights + drain)).max(axis=0))
+        return np.asarray((fill + whole + drain).max(axis=0))
+
+    def passing_bytes(self, boundary: Floats) -> Floats:
+        """Activations of the micro-batches in flight, temporaries of the backward after them, and what waits to be sent."""
+        each = Passing(self, boundary, self.shape.all_stages).bytes()
+        return np.stack([each[self.shape.kind == k].max(axis=0) for k in range(len(self.shape.work))])
+
+    @cached_property
+    def working(self) -> Floats:
+        """After the forward that fills a stage comes the backward of some chunk, which ends with a layer or the head: with one chunk
+        surely the head, if it is there."""
+        ends = self.shape.work > 0
+        ends[:, EMBEDDING] = False
+        if self.shape.pipeline.chunks == 1:
+            ends[ends[:, HEAD], :HEAD] = False
+        return np.stack([self.work.working[row].min(axis=0) for row in ends])
+
+
+class Passing:
+    """Bytes that come and go on some `stages` (indices)."""
+
+    def __init__(self, of: Stages, boundary: Floats, stages: Ints):
+        shape, p, m = of.shape, of.shape.pipeline, of.m
+        sizes, which = np.unique(m, return_inverse=True)
+        places = shape.places[stages]
+
+        def counted(each: Callable[[Pipeline, int], Ints]) -> Ints:
+            return np.asarray(np.stack([each(p, size)[stages] for size in sizes.tolist()], axis=-1)[..., which])
+
+        self._saved = (shape.counts @ of.work.saved)[places]
+        self._by_chunks = p.schedule == "interleaved"
+        self._flights = counted(_interleaved_held if self._by_chunks else _in_flight)
+        self._beside = np.minimum(2, m) * shape.neighbours[stages, None] * boundary + of.working[shape.kind[stages]]
+        self._splits = shape.splits
+        if self._splits:
+            self._put_off = (shape.counts @ of.work.put_off)[places]
+            self._held, self._deferred = counted(_held), counted(_deferred) * self._put_off.min(axis=1)
+
+    def bytes(self, its: Ints | slice = slice(None), freed: Floats | float = 0.0) -> Floats:
+        """[stages, n]: of the combinations `its`, of whose activations `freed`, [stages, chunks, n], is not kept."""
+        saved = self._saved[..., its] - freed
+        least, flights = saved.min(axis=1), self._flights[..., its]
+        passing = self._beside[:, its] + ((flights * saved).sum(axis=1) if self._by_chunks else flights * least)
+        if not self._splits:
+            return np.asarray(passing)
+        # Of each micro-batch held there is what its forward saved, or what its weights' half needs: of those put off surely the latter.
+        either = self._held[:, its] * np.minimum(saved, self._put_off[..., its]).min(axis=1)
+        return np.asarray(np.maximum(passing, np.maximum(either, self._deferred[:, its])))
+
+
+@lru_cache(maxsize=4096)
+def _in_flight(pipeline: Pipeline, micro_batches: int) -> Ints:
+    """[stages]: chunks in flight. What the second half of a split backward still needs of others may be next to nothing."""
+    p = pipeline
+    return np.array([peak_in_flight(p.schedule, stage, p.pp, micro_batches, p.chunks) for stage in range(p.pp)])
+
+
+@lru_cache(maxsize=4096)
+def _held(pipeline: Pipeline, micro_batches: int) -> Ints:
+    """[stages]: chunks of which anything is there, be it for the weights' half of a backward."""
+    p = pipeline
+    return np.array([peak_held(p.schedule, stage, p.pp, micro_batches, p.chunks) for stage in range(p.pp)])
+
+
+@lru_cache(maxsize=4096)
+def _deferred(pipeline: Pipeline, micro_batches: int) -> Ints:
+    """[stages]: chunks whose weights' half is put off."""
+    p = pipeline
+    return np.array([peak_deferred(p.schedule, stage, p.pp, micro_batches) for stage in range(p.pp)])
+
+
+@lru_cache(maxsize=4096)
+def _interleaved_held(pipeline: Pipeline, micro_batches: int) -> Ints:
+    """[stages, chunks]: in flight at the end of the warm-up, whose forwards take the chunks in rounds of one a stage."""
+    p = pipeline
+    rounds, left = np.divmod(_in_flight(pipeline, micro_batches), p.pp * p.chunks)
+    return np.asarray(rounds[:, None] * p.pp + np.clip(left[:, None] - p.pp * np.arange(p.chunks), 0, p.pp))
+
+
+def _counts(pipeline: Pipeline, space: Space, kinds: tuple[Kind, ...]) -> Floats:
+    """[layers + 1, places, kinds + 2]: how many of the first so many layers of each place are of each kind; and whether it holds the
+    embedding and the head."""
+    model = space.model
+    layout = Layout(pp=pipeline.pp, schedule=pipeline.schedule, chunks=pipeline.chunks)
+    chunks = sorted((chunk for its in stage_chunks(model.layers, layout) for chunk in its), key=lambda chunk: chunk.place)
+    start, held = np.array([(chunk.layers.start, len(chunk.layers)) for chunk in chunks]).T
+    kind = [kinds.index((model.window(layer), model.is_moe(layer))) for layer in range(model.layers)]
+    before = np.vstack((np.zeros(len(kinds)), np.eye(len(kinds))[kind].cumsum(axis=0)))
+    first = np.minimum(np.arange(space.most_layers(pipeline) + 1)[:, None], held)
+    out = np.zeros((*first.shape, len(kinds) + 2))
+    out[..., :-2] = before[start + first] - before[start]
+    out[:, 0, EMBEDDING] = out[:, -1, HEAD] = 1
+    return out
+
+
+def _in_a_row(space: Space, kinds: tuple[Kind, ...]) -> Bools:
+    """[kinds + 2]: whether all layers of a kind follow one another in the model."""
+    model = space.model
+    runs = [kind for kind, _ in groupby((model.window(i), model.is_moe(i)) for i in range(model.layers))]
+    return np.array([*(runs.count(kind) == 1 for kind in kinds), False, False])
