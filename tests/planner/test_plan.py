@@ -71,7 +71,7 @@ PROBLEMS = [
     ("llama-small", "local", 4, 256, 16, "bf16"),
     ("llama-small", "local", 4, 256, 16, "fp32"),
     ("llama-3.2-1b", "mi300x-roce", 12, 1024, 12, "bf16"),
-    ("deepseek-v2-lite", "h100-superpod", 4, 512, 4, "bf16"),
+    ("deepseek-v2-lite", "h100-superpod", 4, 512, 2, "bf16"),
     ("qwen3-0.6b", "h100-superpod", 6, 2048, 12, "bf16"),
     ("gpt2-xl", "h100-superpod", 8, 512, 16, "bf16"),
 ]
