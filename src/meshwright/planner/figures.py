@@ -74,7 +74,7 @@ class LayerFigures:
 
     def tokens(self, one: Local) -> int:
         """Of a micro-batch on a rank."""
-        return one.micro_batch * self.workload.seq // one.cp
+        return one.tokens(self.workload.seq)
 
     def ends(self, one: Local) -> tuple[Figures, Figures]:
         """Of the embedding and of the head."""

@@ -68,8 +68,7 @@ class ReliefFigures:
         parts = tuple(part for part in mode.parts if part != "core") if mode.recompute == "selective" else ()
         if mode.recompute != "full" and not parts:
             return np.zeros(FIGURES)
-        tokens = one.micro_batch * self.workload.seq // one.cp
-        layer = one.tp, one.sp, tokens, one.tp_inside, experts, moe
+        layer = one.tp, one.sp, one.tokens(self.workload.seq), one.tp_inside, experts, moe
         key = *layer, mode.recompute, parts
         if key not in self._rests:
             kept = one.layout(self.gpus, self.precision, *experts)

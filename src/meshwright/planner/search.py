@@ -2,7 +2,8 @@
 
 Every combination of a space has a bound that costs almost nothing; the best of them get a tighter one for each schedule and
 sharding (`bounds.py`); the best of those are priced in full, their schedule played. What is left when no bound is below the best
-step found is cut: it cannot hold the optimum.
+step found is cut: it cannot hold the optimum. What does not fit as it is gets bounds with each relief when its turn comes; other rank
+orders come last, where they could still be quicker.
 """
 
 from __future__ import annotations
@@ -266,7 +267,7 @@ class _Search:
         return self._block(form, np.flatnonzero(form.least_seconds < best), best)
 
     def leaders(self, top: int) -> list[Estimate]:
-        """The quickest that fit, no two of which differ in their relief alone, priced with all their tables."""
+        """The quickest that fit, no two of which differ in relief and rank order alone, priced with all their tables."""
         fitting = sorted((seconds, str(layout), layout) for seconds, layout in self.best.values())
         return [self.estimator.estimate(layout) for _, _, layout in fitting[:top]]
 

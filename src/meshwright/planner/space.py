@@ -80,6 +80,10 @@ class Local:
         """Alike where the ranks of cp are the same distance apart: in the usual order that depends on tp."""
         return self.tp if self.order == DENSE_AXES else -(LOCAL_ORDERS.index(self.order) == 1)
 
+    def tokens(self, seq: int) -> int:
+        """Of a micro-batch on a rank."""
+        return self.micro_batch * seq // self.cp
+
     def layout(self, gpus: int, precision: Precision, ep: int = 1, etp: int = 1) -> Layout:
         """With this work, on all of `gpus` ranks."""
         return Layout(
