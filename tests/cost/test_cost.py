@@ -15,11 +15,12 @@ from meshwright import api
 from meshwright.cost.collectives import WIRE_FACTOR, CollectiveTimes
 from meshwright.cost.estimate import Estimator, estimate
 from meshwright.cost.flops import model_flops_per_token
+from meshwright.cost.gradients import GradientBuffers
 from meshwright.cost.kernels import Kernels, interpolate
 from meshwright.cost.memory import away_bytes, stage_memories, state_bytes
 from meshwright.cost.offload import OffloadCost
 from meshwright.cost.ops import Attention, Collective, Gemm, Op, Piece, Under
-from meshwright.cost.peak import ChunkBytes, gradient_buffer_bytes
+from meshwright.cost.peak import ChunkBytes
 from meshwright.cost.pieces import layer_piece
 from meshwright.cost.program import Place, Program, rank_program
 from meshwright.cost.result import Estimate
@@ -435,7 +436,7 @@ def test_gradients_of_chunks_fill_a_bucket_together() -> None:
     """A bucket of several chunks is whole from the first to come until the last, so more are at once than where one fills each in turn."""
     model, work = load_model("llama-3.2-1b"), Workload(1024, 32)
     one, three = (
-        gradient_buffer_bytes(rank_program(model, x, work, Place()), x, layout_schedule(x, 8), 0)
+        GradientBuffers(rank_program(model, x, work, Place()), x).bytes_of(layout_schedule(x, 8), 0)
         for x in (parse_layout(f"dp4:zero2 tp8:sp {pp} mb1 bf16 grads:bf16") for pp in ("pp2", "pp2x3:interleaved"))
     )
     assert 0 < one < three

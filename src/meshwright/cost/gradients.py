@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from meshwright.cost.program import Program
 from meshwright.cost.units import UnitElements, unit_buffer_bytes
+from meshwright.schedule.actions import Kind, Schedule
 from meshwright.schedule.buckets import unit_of
 from meshwright.spec.layout import Layout
 from meshwright.spec.precision import WIDTH, StateDtypes
@@ -31,8 +32,46 @@ class Part(NamedTuple):
 
 
 class GradientBuffers:
-    """`bytes`: of the buffers that a rank keeps for gradients, beyond those that it has for the parameters of units, while its backwards
-    pass.
+    """The buffers that ranks with this program keep for gradients, beyond those that they have for the parameters of units."""
+
+    def __init__(self, program: Program, layout: Layout):
+        self.buckets, self.is_used = program.buckets, layout.zero >= 2 and any(b.cuts > 1 for b in program.buckets)
+        if not self.is_used:
+            return
+        gradient = StateDtypes.of(layout).gradient
+        shared = gradient == layout.precision
+        self.width = WIDTH[gradient]
+        self.parameters = UnitElements(program, layout) if shared else None
+        self.free = unit_buffer_bytes(program, layout) if shared else 0
+        self.units, self.parts = program.units, _parts(program)
+        self.expected = [0] * len(self.buckets)
+        for chunk in self.parts:
+            for parts in chunk:
+                for part in parts:
+                    self.expected[part.bucket] += part.number
+
+    def bytes_of(self, schedule: Schedule, stage: int) -> int:
+        """Of a rank of `stage` when a step is over."""
+        if not self.is_used:
+            return 0
+        filling, done = _Filling(self), [0] * schedule.chunks
+        for action in schedule.actions[stage]:
+            if action.kind is Kind.FORWARD:
+                filling.forward(action.chunk)
+            elif action.kind is Kind.BACKWARD_WEIGHT:
+                filling.weights(action.chunk)
+            elif action.kind.gives_input_gradient:
+                filling.backward(action.chunk, split=action.kind is Kind.BACKWARD_INPUT)
+            if action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT):
+                done[action.chunk] += 1
+                if min(done) >= STEADY:
+                    break
+        most = sum(numel * count for numel, count in filling.most.items())
+        return max(0, self.width * most - self.free)
+
+
+class _Filling:
+    """The same while passes fill them. `most`: of each number of elements, how many buffers there are.
 
     A bucket is whole from the first of its gradients until its reduction is over, which is waited for when a third one is to start;
     from its second reduction on, what that leaves here is added to what is kept, out of one more buffer. Several chunks may fill a bucket
@@ -40,50 +79,36 @@ class GradientBuffers:
     size and dtype, whether of parameters or of gradients.
     """
 
-    def __init__(self, program: Program, layout: Layout):
-        self.buckets, self.is_used = program.buckets, layout.zero >= 2 and any(b.cuts > 1 for b in program.buckets)
-        if not self.is_used:
-            return
-        gradient = StateDtypes.of(layout).gradient
-        self._width, shared = WIDTH[gradient], gradient == layout.precision
-        self._parameters = UnitElements(program, layout) if shared else None
-        self._free = unit_buffer_bytes(program, layout) if shared else 0
-        self.units = program.units
-        self._parts = _parts(program)
-        self._expected = [0] * len(self.buckets)
-        for chunk in self._parts:
-            for parts in chunk:
-                for part in parts:
-                    self._expected[part.bucket] += part.number
-        self._missing = list(self._expected)
+    def __init__(self, of: GradientBuffers):
+        self._of, self._missing = of, list(of.expected)
+        self.most: dict[int, int] = {}
         self._whole: Counter[int] = Counter()
-        self._most: dict[int, int] = {}
         self._under_way: deque[tuple[int, ...]] = deque()
         self._reduced: set[int] = set()
 
     def forward(self, chunk: int) -> None:
         """Where gradients are of the same dtype, the parameters of units take their buffers between two backwards."""
-        if self._parameters is None:
+        if self._of.parameters is None:
             return
-        units = self.units[chunk]
+        units = self._of.units[chunk]
         for unit, coming in zip(units, (*units[1:], None), strict=True):
-            self._count(self._parameters.forward(unit, coming))
+            self._count(self._of.parameters.forward(unit, coming))
 
     def backward(self, chunk: int, *, split: bool) -> None:
         """A whole one, or the first half of one that is split."""
-        units = self.units[chunk]
+        units = self._of.units[chunk]
         for place in reversed(range(len(units))):
             here: Counter[int] = Counter()
-            if self._parameters is not None:
-                here = self._parameters.backward(units[place], place, units[place - 1] if place else None)
+            if self._of.parameters is not None:
+                here = self._of.parameters.backward(units[place], place, units[place - 1] if place else None)
                 self._count(here)
-            for part in self._parts[chunk][place]:
+            for part in self._of.parts[chunk][place]:
                 if not (split and part.is_second):
                     self._add(part, here)
 
     def weights(self, chunk: int) -> None:
         """The second half of a split backward."""
-        for parts in self._parts[chunk][::-1]:
+        for parts in self._of.parts[chunk][::-1]:
             for part in parts:
                 if part.is_second:
                     self._add(part, Counter())
@@ -101,32 +126,26 @@ class GradientBuffers:
             self._count(parameters)
 
     def _take(self, at: int) -> None:
-        if self._missing[at] == self._expected[at]:
-            self._whole[self.buckets[at].numel] += 1
+        if self._missing[at] == self._of.expected[at]:
+            self._whole[self._of.buckets[at].numel] += 1
 
     def _reduce(self, at: int) -> None:
         while len(self._under_way) >= IN_FLIGHT:
             self._whole.subtract(self._under_way.popleft())
-        bucket = self.buckets[at]
+        bucket = self._of.buckets[at]
         part = (bucket.owned,) if at in self._reduced else ()
         self._reduced.add(at)
         self._whole.update(part)
         self._under_way.append((bucket.numel, *part))
-        self._missing[at] += self._expected[at]
+        self._missing[at] += self._of.expected[at]
 
     def _count(self, parameters: Counter[int]) -> None:
         in_use = self._whole
         if parameters:
             in_use = in_use + parameters
         for numel, count in in_use.items():
-            if count > self._most.get(numel, 0):
-                self._most[numel] = count
-
-    @property
-    def bytes(self) -> int:
-        if not self.is_used:
-            return 0
-        return max(0, self._width * sum(numel * count for numel, count in self._most.items()) - self._free)
+            if count > self.most.get(numel, 0):
+                self.most[numel] = count
 
 
 _LAYER = (

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from operator import mul
 
-from meshwright.cost.gradients import STEADY, GradientBuffers
+from meshwright.cost.gradients import GradientBuffers
 from meshwright.cost.ops import Gemm, Piece, Under
 from meshwright.cost.program import Pieces, Program
 from meshwright.schedule.actions import Kind, Schedule
@@ -34,7 +35,8 @@ class ChunkBytes:
     @classmethod
     def of(cls, pieces: Pieces, layout: Layout) -> ChunkBytes:
         bytes_ = StateBytes.of(layout)
-        its = [(piece, put_off_bytes(piece, bytes_.compute)) for piece, repeat in pieces for _ in range(repeat)]
+        each = [(piece, put_off_bytes(piece, bytes_.compute), repeat) for piece, repeat in pieces]
+        its = [(piece, later) for piece, later, repeat in each for _ in range(repeat)]
         products = [g.m * g.n * bytes_.compute for piece, _ in pieces for g in weight_gradients(piece) if g.groups == 1]
         return cls(
             tuple(piece.saved_bytes for piece, _ in its),
@@ -101,7 +103,8 @@ class Fullest:
     """The fullest moment of ranks that hold the same `program`, whichever stage of `schedule` they are of."""
 
     def __init__(self, program: Program, layout: Layout, schedule: Schedule):
-        self.program, self.layout, self.schedule = program, layout, schedule
+        self.schedule = schedule
+        self._buffers, self._widened = GradientBuffers(program, layout), _widened_bytes(program, layout)
         chunks = self._chunks = [ChunkBytes.of(pieces, layout) for pieces in program.chunks]
         self._sizes = [*(chunk.kept for chunk in chunks), *(chunk.deferred for chunk in chunks)]
         # Of a pair both passes run: beside a whole backward are the temporaries of a forward of another chunk.
@@ -112,17 +115,15 @@ class Fullest:
 
     def of(self, stage: int) -> Moment:
         """In any step but the first: it finds all buffers made."""
-        activations, working = max(self._moments(stage), key=sum)
-        return Moment(activations, working, gradient_buffer_bytes(self.program, self.layout, self.schedule, stage))
-
-    def _moments(self, stage: int) -> Iterator[tuple[int, int]]:
-        """(activations, temporaries) through a step; moments that others are above are left out."""
-        for kind, here, held in self.schedule.backwards(stage):
-            if (kind, here) not in self._own:
-                self._own[kind, here] = self._fullest_of(kind, here)
-            own, working = self._own[kind, here]
-            yield sum(count * size for count, size in zip(held, self._sizes, strict=True)) + own, working
-        yield 0, _widened_bytes(self.program, self.layout)
+        here, own, working = 0, 0, self._widened
+        for kind, chunk, held in self.schedule.backwards(stage):
+            if (kind, chunk) not in self._own:
+                self._own[kind, chunk] = self._fullest_of(kind, chunk)
+            its, beside = self._own[kind, chunk]
+            others = sum(map(mul, held, self._sizes))
+            if others + its + beside > here + own + working:
+                here, own, working = others, its, beside
+        return Moment(here + own, working, self._buffers.bytes_of(self.schedule, stage))
 
     def _fullest_of(self, kind: Kind, here: int) -> tuple[int, int]:
         """The same of one backward, or half of one, of chunk `here`, without what the rank holds of others."""
@@ -132,26 +133,6 @@ class Fullest:
         other = self._beside[here] if kind is Kind.BACKWARD else 0
         each = ((own, working + other) for own, working in chunk.backward(split=kind is Kind.BACKWARD_INPUT))
         return max(((chunk.kept, chunk.loss + other), *each), key=sum)
-
-
-def gradient_buffer_bytes(program: Program, layout: Layout, schedule: Schedule, stage: int) -> int:
-    """Of the buffers that a rank of `stage` has for whole gradients when a step is over, beyond those for the parameters of units."""
-    buffers = GradientBuffers(program, layout)
-    if not buffers.is_used:
-        return 0
-    done = [0] * schedule.chunks
-    for action in schedule.actions[stage]:
-        if action.kind is Kind.FORWARD:
-            buffers.forward(action.chunk)
-        elif action.kind is Kind.BACKWARD_WEIGHT:
-            buffers.weights(action.chunk)
-        elif action.kind.gives_input_gradient:
-            buffers.backward(action.chunk, split=action.kind is Kind.BACKWARD_INPUT)
-        if action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT):
-            done[action.chunk] += 1
-            if min(done) >= STEADY:
-                break
-    return buffers.bytes
 
 
 def _widened_bytes(program: Program, layout: Layout) -> int:

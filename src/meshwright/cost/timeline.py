@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 
-from meshwright.schedule.actions import Action, Kind, Schedule
+from meshwright.schedule.actions import COMPUTATIONS, Action, Kind, Schedule
 from meshwright.schedule.clock import Waits, run_clock, source_of, wind_clock
 from meshwright.schedule.pairs import computations
+
+HALVES = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+UNASKED = "a split backward needs the seconds of the weight gradients"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ class ChunkSeconds:
             return self.forward
         if kind is Kind.BACKWARD:
             return self.backward
-        assert self.weight is not None, "a split backward needs the seconds of the weight gradients"
+        assert self.weight is not None, UNASKED
         return self.weight if kind is Kind.BACKWARD_WEIGHT else self.backward - self.weight
 
 
@@ -81,10 +85,9 @@ class Timeline:
     @cached_property
     def spans(self) -> tuple[Span, ...]:
         schedule, wound = self.whole()
-        each = _by_kind(self.seconds)
         turns = run_clock(
             schedule,
-            lambda stage, action: each[stage][action.chunk][action.kind],
+            lambda stage, action: self.seconds[stage][action.chunk].of(action.kind),
             self.send,
             wound,
             lambda stage, forward, backward: together(
@@ -133,30 +136,36 @@ def play(schedule: Schedule, seconds: Sequence[Sequence[ChunkSeconds]], send: fl
 
 def play_ends(turns: Sequence[Waits], seconds: Sequence[Sequence[ChunkSeconds]], send: float) -> list[float]:
     """When each computation of a wound schedule ends."""
-    each = _by_kind(seconds)
+    each = _in_order(seconds)
     clock, ends = [0.0] * len(seconds), list[float]()
     start, forward = 0.0, None
-    for stage, action, source, travels, joins in turns:
+    for stage, action, source, travels, joins, work in turns:
         if not joins:
             start = clock[stage]
         if source >= 0:
-            start = max(start, ends[source] + send if travels else ends[source])
+            ready = ends[source] + send if travels else ends[source]
+            if ready > start:
+                start = ready
         if joins:  # the pair begins when both halves can
             assert forward is not None
             end = start + together(seconds[stage][forward.chunk], seconds[stage][action.chunk])
             ends[-1] = end
         else:
-            end = start + each[stage][action.chunk][action.kind]
+            end = start + each[work]
         clock[stage], forward = end, action
         ends.append(end)
+    assert max(clock) < inf, UNASKED
     return ends
 
 
-def _by_kind(seconds: Sequence[Sequence[ChunkSeconds]]) -> list[list[dict[Kind, float]]]:
-    """[stage][chunk][kind of computation]."""
-    whole = (Kind.FORWARD, Kind.BACKWARD)
-    split = (*whole, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
-    return [[{kind: c.of(kind) for kind in (whole if c.weight is None else split)} for c in chunks] for chunks in seconds]
+def _in_order(seconds: Sequence[Sequence[ChunkSeconds]]) -> list[float]:
+    """Of every computation, by `work_number`; infinite where nobody asked how long the halves of a backward take."""
+    return [
+        inf if chunk.weight is None and kind in HALVES else chunk.of(kind)
+        for chunks in seconds
+        for chunk in chunks
+        for kind in COMPUTATIONS
+    ]
 
 
 def lockstep_utilisation(schedule: Schedule) -> list[float]:

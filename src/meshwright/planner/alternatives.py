@@ -14,7 +14,7 @@ from meshwright.cost.result import Estimate
 from meshwright.planner.arrays import Bools, Ints
 from meshwright.planner.bounds import Bounds, ClosedForm
 from meshwright.planner.explain import Kind, kinds_of
-from meshwright.planner.space import Space
+from meshwright.planner.space import Relief, Space
 from meshwright.planner.trials import Trials
 from meshwright.spec.layout import SCHEDULES, Layout
 
@@ -83,8 +83,16 @@ class Alternatives:
         one = bounds.take(np.array([row]))
         plain = replace(one, relief=np.zeros_like(one.relief), layers=np.zeros_like(one.layers))
         eased = self.closed.relieve(plain, np.array([0]), float(bounds.seconds[row]))
-        for i in np.argsort(eased.seconds, kind="stable").tolist():
-            if kind.holds(eased.layout(i)) and (found := self.trials.that_fits(eased, i)) is not None:
+        its = [i for i in np.argsort(eased.seconds, kind="stable").tolist() if kind.holds(eased.layout(i))]
+        reliefs = [self.space.reliefs[relief] for relief in eased.relief[its]]
+        # Where one that frees more than others is not enough, nor are those, if no more of them is kept on the host.
+        part = [relief for relief in reliefs if relief.recompute != "full"]
+        most = [one for one in part if not any(_frees_more(other, one) for other in part)]
+        short = [one for one in most if not self.trials.fits_at_most(eased, its[reliefs.index(one)])]
+        for i, relief in zip(its, reliefs, strict=True):
+            if relief in short or any(_frees_more(one, relief) for one in short):
+                continue
+            if (found := self.trials.that_fits(eased, i)) is not None:
                 return found
         return None
 
@@ -104,6 +112,11 @@ class Alternatives:
             wanted[its[np.argsort(flat.seconds[its], kind="stable")[:MOST_RECOMPUTED]]] = True
         again = Flat(self.space, [self.closed.recomputed(bounds) for bounds in flat.taken(wanted)])
         return [one.or_(again.least_of(*of, self.limit)) for one, of in zip(found, every, strict=True)]
+
+
+def _frees_more(one: Relief, other: Relief) -> bool:
+    """And leaves as much to the host."""
+    return one != other and one.offload == other.offload and one.includes(other)
 
 
 @dataclass(frozen=True, slots=True)

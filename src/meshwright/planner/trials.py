@@ -32,11 +32,18 @@ class Trials:
 
     def that_fits(self, bounds: Bounds, row: int) -> Layout | None:
         """A layout with its relief in the fewest layers with which it fits; None where it does not even in all."""
-        space, relief = self.space, int(bounds.relief[row])
-        if not relief:
+        if not bounds.relief[row]:
             return layout if self.play(layout := bounds.layout(row)).fits else None
-        most = space.most_layers(bounds.pipeline) if space.reliefs[relief].recompute != "none" else 1
+        most = self._most_layers(bounds, row)
         some = [bounds.layout(row, layers) for layers in range(max(1, int(bounds.layers[row])), most + 1)]
         if self.fits(some[0]):  # the bound is seldom wrong
             return some[0]
         return some[bisect_left(some, True, key=self.fits)] if self.fits(some[-1]) else None
+
+    def fits_at_most(self, bounds: Bounds, row: int) -> bool:
+        """Whether it fits with its relief in all layers."""
+        return self.fits(bounds.layout(row, self._most_layers(bounds, row)))
+
+    def _most_layers(self, bounds: Bounds, row: int) -> int:
+        relief = self.space.reliefs[bounds.relief[row]]
+        return self.space.most_layers(bounds.pipeline) if relief.recompute != "none" else 1

@@ -37,7 +37,7 @@ class Kind(Enum):
 
     @property
     def is_compute(self) -> bool:
-        return self in (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+        return self in COMPUTATIONS
 
     @property
     def is_send(self) -> bool:
@@ -56,6 +56,9 @@ class Kind(Enum):
             Kind.SEND_BACKWARD: Kind.RECV_BACKWARD,
             Kind.RECV_BACKWARD: Kind.SEND_BACKWARD,
         }[self]
+
+
+COMPUTATIONS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,25 +192,41 @@ class Schedule:
             self._held[stage] = set(_highest(each))
         return self._held[stage]
 
-    def backwards(self, stage: int) -> set[tuple[Kind, int, tuple[int, ...]]]:
+    def backwards(self, stage: int) -> Sequence[tuple[Kind, int, tuple[int, ...]]]:
         """(kind, chunk, held) of each backward and half of one: `held` counts the micro-batches of which the stage holds what a forward
         of each chunk left, then those of which it holds what the first half left, without the one of the action. Those beside which
         another of the same kind and chunk holds as many of all are left out."""
         if stage not in self._backwards:
-            chunks, each = self.chunks, dict[tuple[Kind, int], set[tuple[int, ...]]]()
-            held = [0] * 2 * chunks
+            # As one number, of which each count is a digit: most moments repeat others.
+            base, chunks = len(self.actions[stage]) + 1, range(self.chunks)
+            one, put_off = ([base ** (at + chunk) for chunk in chunks] for at in (0, self.chunks))
+            whole, inputs, weights = ([set[int]() for _ in chunks] for _ in range(3))
+            held = 0
             for action in self.actions[stage]:
-                if action.kind is Kind.FORWARD:
-                    held[action.chunk] += 1
-                elif action.kind.is_compute:
-                    held[action.chunk + chunks * (action.kind is Kind.BACKWARD_WEIGHT)] -= 1
-                    each.setdefault((action.kind, action.chunk), set()).add(tuple(held))
-                    held[chunks + action.chunk] += action.kind is Kind.BACKWARD_INPUT
-            self._backwards[stage] = {(*key, held) for key, its in each.items() for held in _highest(its)}
+                kind, chunk = action.kind, action.chunk
+                if kind is Kind.FORWARD:
+                    held += one[chunk]
+                elif kind is Kind.BACKWARD:
+                    held -= one[chunk]
+                    whole[chunk].add(held)
+                elif kind is Kind.BACKWARD_INPUT:
+                    held -= one[chunk]
+                    inputs[chunk].add(held)
+                    held += put_off[chunk]
+                elif kind is Kind.BACKWARD_WEIGHT:
+                    held -= put_off[chunk]
+                    weights[chunk].add(held)
+            each = {Kind.BACKWARD: whole, Kind.BACKWARD_INPUT: inputs, Kind.BACKWARD_WEIGHT: weights}
+            self._backwards[stage] = [
+                (kind, chunk, held)
+                for kind, by_chunk in each.items()
+                for chunk, its in enumerate(by_chunk)
+                for held in _highest(tuple(number // digit % base for digit in (*one, *put_off)) for number in its)
+            ]
         return self._backwards[stage]
 
     @cached_property
-    def _backwards(self) -> dict[int, set[tuple[Kind, int, tuple[int, ...]]]]:
+    def _backwards(self) -> dict[int, list[tuple[Kind, int, tuple[int, ...]]]]:
         return {}
 
     @cached_property

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from meshwright.schedule.actions import Action, Kind, Schedule
+from meshwright.schedule.actions import COMPUTATIONS, Action, Kind, Schedule, act
 from meshwright.schedule.pairs import Unit, computations
 from meshwright.spec.errors import UserError
 
@@ -24,18 +23,19 @@ class Turn(NamedTuple):
 class Waits(NamedTuple):
     """One computation of `stage`, which waits for the computation before it there, and for the `source`-th of all (-1: for none),
     whose result `travels` if it is of another stage. One that `joins` is a pair with the entry before it: both wait for what either
-    waits for."""
+    waits for. All of a kind on one chunk of a stage have the same `work` (see `work_number`)."""
 
     stage: int
     action: Action
     source: int
     travels: bool
-    joins: bool = False
+    joins: bool
+    work: int
 
 
-def _waits(its: tuple[int, Action, int, bool, bool]) -> Waits:
-    """Without the checks of a call by names: a search makes hundreds of thousands."""
-    return tuple.__new__(Waits, its)
+def work_number(stage: int, chunk: int, kind: Kind, chunks: int) -> int:
+    """Of a computation of `kind` on that chunk of that stage, of stages with so many `chunks`: where its seconds are in a list of all."""
+    return (stage * chunks + chunk) * len(COMPUTATIONS) + COMPUTATIONS.index(kind)
 
 
 def run_clock(
@@ -52,7 +52,7 @@ def run_clock(
     pair takes; by default as long as one after the other. Raises UserError when the stages wait for each other.
     """
     clock, turns = [0.0] * schedule.stages, list[Turn]()
-    for stage, action, source, travels, joins in wound or wind_clock(schedule):
+    for stage, action, source, travels, joins, _ in wound or wind_clock(schedule):
         ready = 0.0 if source < 0 else turns[source].end + (send if travels else 0.0)
         if joins:
             _, partner, began, ended = turns.pop()
@@ -73,10 +73,9 @@ def wind_clock(schedule: Schedule) -> list[Waits]:
 
     Raises UserError when the stages wait for each other.
     """
-    work = [computations(schedule, stage) for stage in range(schedule.stages)]
-    orders, pairs = zip(*map(_in_line, work), strict=True)
+    orders, pairs = zip(*(_in_line(schedule, stage) for stage in range(schedule.stages)), strict=True)
     seats = _seats(schedule)
-    at, out = [0] * schedule.stages, list[Waits]()
+    at, out, turn = [0] * schedule.stages, list[Waits](), tuple.__new__  # without the checks of a call by names
     moved = True
     while moved:
         moved = False
@@ -84,31 +83,34 @@ def wind_clock(schedule: Schedule) -> list[Waits]:
             own, begins, first, here = seats[stage], pairs[stage], at[stage], at[stage]
             while here < len(order):
                 action = order[here]
-                seat = own[action.chunk][action.kind]
-                source = seat.source[action.micro_batch] if seat.source is not None else -1
-                if source < 0 and seat.source is not None:
-                    break
-                joins = here - 1 in begins
+                waits, travels, done, work = own[action.chunk][action.kind]
+                source = -1
+                if waits is not None:
+                    source = waits[action.micro_batch]
+                    if source < 0:
+                        break
                 if here in begins:  # of a pair, the other must be able to begin too
                     other = order[here + 1]
                     its = own[other.chunk][other.kind].source
                     if its is not None and its[other.micro_batch] < 0:
                         break
-                seat.done[action.micro_batch] = len(out)
-                out.append(_waits((stage, action, source, seat.travels, joins)))
+                done[action.micro_batch] = len(out)
+                out.append(turn(Waits, (stage, action, source, travels, here - 1 in begins, work)))
                 here += 1
             at[stage] = here
             moved = moved or here > first
-    waiting = {stage: _unit_at(units, at[stage]) for stage, units in enumerate(work) if at[stage] < len(orders[stage])}
+    waiting = {stage: here for stage, here in enumerate(at) if here < len(orders[stage])}
     if waiting:
-        raise _stuck(schedule, waiting)
+        raise _stuck(schedule, {stage: _unit_at(computations(schedule, stage), here) for stage, here in waiting.items()})
     return out
 
 
-def _in_line(units: Sequence[Unit]) -> tuple[list[Action], frozenset[int]]:
-    """The same one by one, and which of them begin a pair."""
+def _in_line(schedule: Schedule, stage: int) -> tuple[Sequence[Action], frozenset[int]]:
+    """What the stage computes, one by one, and which of them begin a pair."""
+    if not schedule.paired:
+        return [action for action in schedule.actions[stage] if action.kind in COMPUTATIONS], frozenset()
     order, begins = list[Action](), set[int]()
-    for unit in units:
+    for unit in computations(schedule, stage):
         if len(unit) > 1:
             begins.add(len(order))
         order += unit
@@ -121,35 +123,34 @@ def _unit_at(units: Sequence[Unit], at: int) -> Unit:
     return next(unit for unit, start in zip(units, starts, strict=False) if start == at)
 
 
-@dataclass(frozen=True, slots=True)
-class _Seat:
-    """Of the computations of one kind of one chunk, by micro-batch: which turn they were (-1: not yet), and which turns they wait for."""
+class _Seat(NamedTuple):
+    """Of the computations of one kind of one chunk, by micro-batch: which turns they wait for, and which turn they were (-1: not yet)."""
 
     source: list[int] | None
     travels: bool
     done: list[int]
+    work: int
 
 
 def _seats(schedule: Schedule) -> list[list[dict[Kind, _Seat]]]:
     """[stage][chunk]."""
     # By place: forwards, and what gives the gradient of its input.
     on, back = ([[-1] * schedule.micro_batches for _ in range(schedule.stages * schedule.chunks)] for _ in range(2))
-    out: list[list[dict[Kind, _Seat]]] = []
-    for stage, places in enumerate(schedule.placement):
-        out.append([])
-        for chunk, place in enumerate(places):
-            before, after = schedule.before(stage, chunk), schedule.after(stage, chunk)
-            forward = _Seat(on[place - 1], before[0] != stage, on[place]) if before else _Seat(None, False, on[place])
-            backward = _Seat(back[place + 1], after[0] != stage, back[place]) if after else _Seat(None, False, back[place])
-            out[-1].append(
-                {
-                    Kind.FORWARD: forward,
-                    Kind.BACKWARD: backward,
-                    Kind.BACKWARD_INPUT: backward,
-                    Kind.BACKWARD_WEIGHT: _Seat(None, False, [-1] * schedule.micro_batches),
-                }
-            )
-    return out
+
+    def seat(stage: int, chunk: int, kind: Kind) -> _Seat:
+        place, work = schedule.placement[stage][chunk], work_number(stage, chunk, kind, schedule.chunks)
+        if kind is Kind.BACKWARD_WEIGHT:
+            return _Seat(None, False, [-1] * schedule.micro_batches, work)
+        done, step = (on, -1) if kind is Kind.FORWARD else (back, 1)
+        source = source_of(schedule, stage, act(kind, 0, chunk))
+        if source is None:
+            return _Seat(None, False, done[place], work)
+        return _Seat(done[place + step], source[0] != stage, done[place], work)
+
+    return [
+        [{kind: seat(stage, chunk, kind) for kind in COMPUTATIONS} for chunk in range(schedule.chunks)]
+        for stage in range(schedule.stages)
+    ]
 
 
 def _stuck(schedule: Schedule, waiting: Mapping[int, Unit]) -> UserError:
