@@ -12,7 +12,7 @@ from schedule_cases import Shape, legal_shapes, shapes, written
 from meshwright.schedule.actions import Action, Kind, Schedule
 from meshwright.schedule.check import batches, check_schedule
 from meshwright.schedule.communication import with_communication
-from meshwright.schedule.orders import layout_schedule, make_schedule, peak_deferred, peak_in_flight
+from meshwright.schedule.orders import layout_schedule, make_schedule
 from meshwright.schedule.stages import consecutive, even_counts
 from meshwright.spec.errors import UserError
 from meshwright.spec.layout import Layout
@@ -139,17 +139,6 @@ def test_any_order_that_can_run_gets_communication_that_does_not_deadlock(p: int
             weights.append((stage, Action(Kind.BACKWARD_WEIGHT, i, chunk)))
         left = [one for one in left if one[1]]
     check_schedule(with_communication("random", m, orders, places))
-
-
-@settings(deadline=None)
-@given(shapes(micro_batches=20))
-def test_peak_in_flight_is_what_the_lists_hold(shape: Shape) -> None:
-    name, stages, m, chunks = shape
-    schedule = make_schedule(*shape)
-    for stage in range(stages):
-        assert peak_in_flight(name, stage, stages, m, chunks) == schedule.in_flight(stage)
-        put_off = peak_deferred(name, stage, stages, m)
-        assert put_off == schedule.deferred(stage) if name != "zb-v" or m >= stages else put_off <= schedule.deferred(stage)
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4, 8])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from meshwright.cost.result import Estimate
-from meshwright.planner.arrays import Bools, Ints
+from meshwright.planner.arrays import Bools, Ints, distinct
 from meshwright.planner.bounds import Bounds, ClosedForm
 from meshwright.planner.explain import Kind, kinds_of
 from meshwright.planner.space import Relief, Space
@@ -100,7 +100,7 @@ class Alternatives:
         """Of each kind, of those already priced and of its likeliest combinations, as they are and with full recompute."""
         columns = [kind.columns(self.space.columns) for kind in kinds]
         likely = [self.closed.likely[np.flatnonzero(of_kind[self.closed.likely])[:MOST_PER_KIND]] for of_kind in columns]
-        first = np.unique(np.concatenate([np.empty(0, np.int64), *likely]))
+        first = distinct(np.concatenate([np.empty(0, np.int64), *likely])).keys
         flat = Flat(self.space, [*self._priced, *self.closed.price(first, plain=True)])
         every = list(zip(kinds, columns, strict=True))
         found = [flat.least_of(*of, self.limit) for of in every]

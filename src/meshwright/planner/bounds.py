@@ -15,7 +15,7 @@ What the state costs beside is in `state.py`, what stages do and keep in `shapes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,10 +23,10 @@ import numpy as np
 
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.ops import Collective
-from meshwright.planner.arrays import Bools, Floats, Ints
+from meshwright.planner.arrays import Bools, Floats, Ints, distinct
 from meshwright.planner.figures import LayerFigures
 from meshwright.planner.relief import ReliefFigures
-from meshwright.planner.shapes import Passing, Shape, Stages, Work
+from meshwright.planner.shapes import LayerKinds, Passing, Shape, Stages, Work
 from meshwright.planner.space import Pipeline, Relief, Space
 from meshwright.planner.state import (
     BACKWARD,
@@ -84,7 +84,8 @@ class ClosedForm:
         self.reliefs: ReliefFigures = like.reliefs if like else ReliefFigures(space, estimator, kinds_of(space))
         self.tables = make_tables(space, self.figures)
         self.state = StatePrices(space, estimator, self.tables)
-        self._shapes: dict[Pipeline, Shape] = {}
+        self._shapes: dict[Pipeline, Shape] = like._shapes if like else {}
+        self._layers = LayerKinds(space.model, self.tables.kinds)
 
     @cached_property
     def least_seconds(self) -> Floats:
@@ -137,32 +138,35 @@ class ClosedForm:
         """
         below = np.broadcast_to(below, at.shape)
         shardings = [not plain or (s.shard is None and s.zero != 2) for s in self.space.shardings]
-        for pp in np.unique(self.space.pp[at]).tolist():
+        for pp in distinct(self.space.pp[at]).keys.tolist():
             mine = self.space.pp[at] == pp
             its, limit = at[mine], below[mine]
             legal = np.stack(
                 [self.space.can_shard(s, its) & use for s, use in zip(self.space.shardings, shardings, strict=True)]
             )
-            work = self._work(its)
+            work, chosen = self._work(its), list[tuple[Stages, Ints]]()
             for pipeline in self.space.pipelines(pp):
                 if not plain or pipeline.chunks <= 2:
                     runs = np.flatnonzero(self.space.runs(pipeline, its))
-                    if len(runs):
-                        yield from self._pipeline(pipeline, its[runs], work.take(runs), legal[:, runs], limit[runs])
+                    stages = self._stages(pipeline, its[runs], work if len(runs) == len(its) else work.take(runs))
+                    quick = np.flatnonzero(stages.bound() < limit[runs])
+                    if len(quick):
+                        chosen.append((stages if len(quick) == len(runs) else stages.take(quick), runs[quick]))
+            if chosen:
+                yield from self._sharded(chosen, its, legal)
 
-    def _pipeline(self, pipeline: Pipeline, at: Ints, work: Work, legal: Bools, below: Floats) -> Iterator[Bounds]:
-        stages = self._stages(pipeline, at, work)
-        quick = np.flatnonzero(stages.bound() < below)
-        if not len(quick):
-            return
-        if len(quick) < len(at):
-            at, legal, stages = at[quick], legal[:, quick], stages.take(quick)
-        sharding, its = np.nonzero(legal)
-        prices = self.state.price(stages.shape.held, at[its], sharding)
-        seconds = self.seconds(stages, at, prices, its)
-        bytes_ = stages.passing_bytes(self.tables.boundary[at])[:, its] + prices[:, BYTES] + self.estimator.overhead
-        nothing = np.zeros(len(its), dtype=np.int64)
-        yield Bounds(self, pipeline, at[its], sharding, nothing, nothing, seconds, bytes_.max(axis=0))
+    def _sharded(self, chosen: Sequence[tuple[Stages, Ints]], at: Ints, legal: Bools) -> Iterator[Bounds]:
+        """Under each sharding that is `legal`, [shardings, n], for them: bounds of those of the combinations `at` that are `chosen` with
+        each pipeline."""
+        every = distinct(np.concatenate([its for _, its in chosen])).keys
+        known = self.state.sharded([stages.shape.held for stages, _ in chosen], at, legal, every)
+        for (stages, of), state in zip(chosen, known, strict=True):
+            sharding, its = np.nonzero(legal[:, of])
+            prices, own = state.of(sharding, of[its]), at[of]
+            seconds = self.seconds(stages, own, prices, its)
+            bytes_ = stages.passing_bytes(self.tables.boundary[own])[:, its] + prices[:, BYTES] + self.estimator.overhead
+            nothing = np.zeros(len(its), dtype=np.int64)
+            yield Bounds(self, stages.shape.pipeline, own[its], sharding, nothing, nothing, seconds, bytes_.max(axis=0))
 
     def seconds(self, stages: Stages, at: Ints, prices: Floats, its: Ints, given: _Given | None = None) -> Floats:
         """Of the step, for combinations `at` (their `its`, with repeats) whose state costs `prices`."""
@@ -237,7 +241,7 @@ class ClosedForm:
 
     def _shape(self, pipeline: Pipeline) -> Shape:
         if pipeline not in self._shapes:
-            self._shapes[pipeline] = Shape(pipeline, self.space, self.tables.kinds)
+            self._shapes[pipeline] = Shape(pipeline, self._layers)
         return self._shapes[pipeline]
 
     def _hop(self, pipeline: Pipeline, at: Ints) -> Floats:
@@ -245,19 +249,21 @@ class ClosedForm:
         if pipeline.pp == 1:
             return np.zeros(len(at))
         keys = self.space.strides["pp"][at] * 2**44 + self.tables.boundary[at].astype(np.int64)
-        unique, which = np.unique(keys, return_inverse=True)
+        unique, _, which = distinct(keys)
         seconds = self.estimator.times.seconds
         each = [seconds(Collective("pp", "send", pipeline.pp, *divmod(key, 2**44))) for key in unique.tolist()]
         return np.asarray(np.array(each)[which])
 
     def _exposed(self, sent: Floats, work: Floats, own: Floats, read: Floats | float = 0.0) -> Floats:
-        """As the estimator has it: what communication, [stages, links, n], adds to computation that it runs beside, which has its `own` on
-        the links; `read`: seconds of what comes from the host meanwhile."""
-        seconds = sent.sum(axis=1)
+        """As the estimator has it: what communication, [stages, both links, n], adds to computation that it runs beside, which has its
+        `own` on these links; `read`: seconds of what comes from the host meanwhile."""
+        (inside, outside), (own_inside, own_outside) = (each.swapaxes(0, 1) for each in (sent, own))
+        seconds = inside + outside
         if not self.estimator.times.hides:
             return np.asarray(seconds + read)
         seconds = np.maximum(seconds, read)
-        left = np.maximum(0.0, np.maximum(seconds, (sent + own).max(axis=1)) - work)
+        busiest = np.maximum(np.maximum(inside + own_inside, outside + own_outside), seconds)
+        left = np.maximum(0.0, busiest - work)
         left = np.minimum(seconds, left)
         return np.asarray(left + self.estimator.constants.beside * (seconds - left))
 

@@ -12,7 +12,7 @@ from meshwright.cost.estimate import Estimator
 from meshwright.cost.ops import PART, Op, Piece
 from meshwright.cost.parts import Shapes
 from meshwright.cost.pieces import coreless_layer_piece
-from meshwright.planner.arrays import Floats, Ints
+from meshwright.planner.arrays import Floats, Ints, distinct
 from meshwright.planner.space import Local, Relief, Space
 from meshwright.planner.tables import Kind
 from meshwright.spec.layout import Layout
@@ -42,10 +42,10 @@ class ReliefFigures:
     def of(self, space: Space, at: Ints, relief: Ints) -> Floats:
         """[modes, kinds, 3, n]: of the combinations `at` of a space of the problem under the modes of `relief`; zeros for others, and where
         nothing runs again."""
-        keys, which = np.unique(space.local[at] * len(space.experts) + space.expert[at], return_inverse=True)
+        keys, _, which = distinct(space.local[at] * len(space.experts) + space.expert[at])
         each = [(space.locals[key // len(space.experts)], space.experts[key % len(space.experts)]) for key in keys.tolist()]
         out = np.zeros((*self.shape, len(keys)))
-        for mode in np.unique(self.mode[relief]).tolist():
+        for mode in distinct(self.mode[relief]).keys.tolist():
             if self._modes[mode].recompute != "none":
                 for row, (one, experts) in enumerate(each):
                     out[mode, ..., row] = self._each(mode, one, experts)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 
-from meshwright.planner.arrays import Bools, Floats, Ints
-from meshwright.planner.space import Pipeline, Space
+from meshwright.planner.arrays import Floats, Ints
+from meshwright.planner.flights import by_chunks, deferred, held, in_flight
+from meshwright.planner.space import Pipeline
 from meshwright.planner.state import Held
 from meshwright.planner.tables import Kind
-from meshwright.schedule.orders import peak_deferred, peak_held, peak_in_flight
 from meshwright.schedule.stages import placement, stage_chunks
 from meshwright.spec.layout import Layout
+from meshwright.spec.model import Model
 
 SPLIT_BACKWARD = ("zb-h1", "zb-v", "dualpipe-v")
 EMBEDDING, HEAD = -2, -1
@@ -40,31 +40,41 @@ class Work(NamedTuple):
         return Work(*(table[:, its] for table in self))
 
 
+class LayerKinds:
+    """Which layers of a model are of which of the `kinds`."""
+
+    def __init__(self, model: Model, kinds: tuple[Kind, ...]):
+        each = [kinds.index((model.window(layer), model.is_moe(layer))) for layer in range(model.layers)]
+        self.layers = model.layers
+        self.before = np.vstack((np.zeros(len(kinds)), np.eye(len(kinds))[each].cumsum(axis=0)))
+        """[layers + 1, kinds]: of the layers before each, so many."""
+        runs = [kind for kind, _ in groupby(each)]
+        self.in_a_row = np.array([*(runs.count(kind) == 1 for kind in range(len(kinds))), False, False])
+        """[kinds + 2]: whether all of a kind follow one another in the model."""
+
+
 class Shape:
     """Which stages of a pipeline hold what, and how much each kind of stage does of each row of the tables."""
 
-    def __init__(self, pipeline: Pipeline, space: Space, kinds_of_layers: tuple[Kind, ...]):
-        counts, in_a_row = _counts(pipeline, space, kinds_of_layers), _in_a_row(space, kinds_of_layers)
-        self.pipeline, self.counts = pipeline, counts[-1]
+    def __init__(self, pipeline: Pipeline, layers: LayerKinds):
+        self._layers = _Layers(pipeline, layers)
+        self.pipeline, self.counts = pipeline, self._layers.of_first(np.array([self._layers.most]))[0]
         """[places, rows]."""
-        self.first_layers = counts
-        """[layers + 1, places, rows]: the same of none, of the first of each place, of the first two, and so on to all."""
         self.places = np.array(placement(pipeline.schedule, pipeline.pp, pipeline.chunks))
         self.splits = pipeline.schedule in SPLIT_BACKWARD
-        kinds, kind = np.unique(self.counts[self.places].sum(axis=1), axis=0, return_inverse=True)
-        self.kind = kind.ravel()
+        of_stages = [tuple(row) for row in self.counts[self.places].sum(axis=1).tolist()]
+        different = sorted(set(of_stages))
+        kinds, self.kind = np.array(different), np.array([*map(different.index, of_stages)])
         """[stages]: stages that hold the same layers are of one kind."""
         self.work = kinds
         """[kinds of stages, rows]."""
         # Of stages alike, the one furthest into the model waits longest.
-        first = np.array([self.places[np.flatnonzero(self.kind == k)[-1]].min() for k in range(len(kinds))])
-        before = np.cumsum(counts, axis=1) - counts
-        self.ahead = before[-1, first]
+        self.first = np.array([self.places[np.flatnonzero(self.kind == k)[-1]].min() for k in range(len(kinds))])
+        """[kinds of stages]: its first place."""
+        self.ahead = _before(self.counts)[self.first]
         """[kinds of stages, rows]: what other stages do before it can begin."""
-        self.first_ahead = before[:, first]
-        """[layers + 1, kinds of stages, rows]: of that, what belongs to the first layers of each place."""
-        self.hops = first[:, None]
-        several = (self.counts > 1)[self.places].any(axis=1) & in_a_row
+        self.hops = self.first[:, None]
+        several = (self.counts > 1)[self.places].any(axis=1) & layers.in_a_row
         twice = np.stack([several[self.kind == k].all(axis=0) for k in range(len(kinds))])
         self.held: list[Held] = [
             tuple(row) for row in np.hstack((kinds, np.minimum(kinds, 1 + twice))).astype(np.int64).tolist()
@@ -82,7 +92,18 @@ class Shape:
     def outer_stages(self) -> Ints:
         """Of each kind the first and the last: one of them holds most, micro-batches in flight or halves of backwards put off."""
         alike = [np.flatnonzero(self.kind == k) for k in range(len(self.work))]
-        return np.unique([at for its in alike for at in (its[0], its[-1])])
+        return np.array(sorted({at for its in alike for at in (its[0], its[-1])}))
+
+    @cached_property
+    def first_layers(self) -> Floats:
+        """[layers + 1, places, rows]: what a place has of no layers, of its first, of its first two, and so on to all."""
+        return self._layers.of_first(np.arange(self._layers.most + 1))
+
+    @cached_property
+    def first_ahead(self) -> Floats:
+        """[layers + 1, kinds of stages, rows]: of what other stages do before, what belongs to so many of the first layers of each
+        place."""
+        return _before(self.first_layers)[:, self.first]
 
     @cached_property
     def first_work(self) -> Floats:
@@ -117,12 +138,7 @@ class Stages:
     def bound(self, its: Ints | None = None, each: Floats | None = None, again: Floats | float = 0.0) -> Floats:
         """Seconds of all micro-batches; `each`: of one through each kind of stage, for the combinations `its` (with repeats);
         `again`: of the backward of the places before it, what runs the forward again."""
-        ahead, work, m = self.shape.ahead, self.work, self.m
-        waited = self.shape.hops * self.hop
-        fill, drain, weights = ahead @ work.forward + waited, ahead @ work.backward + waited, None
-        if self.shape.splits:
-            weights = m * (self.shape.work @ work.weight)
-            drain -= ahead @ work.weight
+        m, (fill, drain, weights) = self.m, self._around
         if its is not None:
             m, fill, drain = m[its], fill[:, its], drain[:, its]
             weights = None if weights is None else weights[:, its]
@@ -131,6 +147,17 @@ class Stages:
         if weights is not None:
             return np.asarray((fill + np.maximum(whole, whole - weights + drain)).max(axis=0))
         return np.asarray((fill + whole + drain).max(axis=0))
+
+    @cached_property
+    def _around(self) -> tuple[Floats, Floats, Floats | None]:
+        """Seconds until the first micro-batch arrives, and after the last one is gone; and of all weights' halves, which may be done
+        meanwhile."""
+        ahead, work = self.shape.ahead, self.work
+        waited = self.shape.hops * self.hop
+        fill, drain = ahead @ work.forward + waited, ahead @ work.backward + waited
+        if not self.shape.splits:
+            return fill, drain, None
+        return fill, drain - ahead @ work.weight, self.m * (self.shape.work @ work.weight)
 
     def passing_bytes(self, boundary: Floats) -> Floats:
         """Activations of the micro-batches in flight, temporaries of the backward after them, and what waits to be sent."""
@@ -153,20 +180,15 @@ class Passing:
 
     def __init__(self, of: Stages, boundary: Floats, stages: Ints):
         shape, p, m = of.shape, of.shape.pipeline, of.m
-        sizes, which = np.unique(m, return_inverse=True)
         places = shape.places[stages]
-
-        def counted(each: Callable[[Pipeline, int], Ints]) -> Ints:
-            return np.asarray(np.stack([each(p, size)[stages] for size in sizes.tolist()], axis=-1)[..., which])
-
         self._saved = (shape.counts @ of.work.saved)[places]
         self._by_chunks = p.schedule == "interleaved"
-        self._flights = counted(_interleaved_held if self._by_chunks else _in_flight)
+        self._flights = (by_chunks if self._by_chunks else in_flight)(p, m)[stages]
         self._beside = np.minimum(2, m) * shape.neighbours[stages, None] * boundary + of.working[shape.kind[stages]]
         self._splits = shape.splits
         if self._splits:
             self._put_off = (shape.counts @ of.work.put_off)[places]
-            self._held, self._deferred = counted(_held), counted(_deferred) * self._put_off.min(axis=1)
+            self._held, self._deferred = held(p, m)[stages], deferred(p, m)[stages] * self._put_off.min(axis=1)
 
     def bytes(self, its: Ints | slice = slice(None), freed: Floats | float = 0.0) -> Floats:
         """[stages, n]: of the combinations `its`, of whose activations `freed`, [stages, chunks, n], is not kept."""
@@ -180,53 +202,25 @@ class Passing:
         return np.asarray(np.maximum(passing, np.maximum(either, self._deferred[:, its])))
 
 
-@lru_cache(maxsize=4096)
-def _in_flight(pipeline: Pipeline, micro_batches: int) -> Ints:
-    """[stages]: chunks in flight. What the second half of a split backward still needs of others may be next to nothing."""
-    p = pipeline
-    return np.array([peak_in_flight(p.schedule, stage, p.pp, micro_batches, p.chunks) for stage in range(p.pp)])
+class _Layers:
+    """Of what kinds the layers of each place are."""
+
+    def __init__(self, pipeline: Pipeline, of: LayerKinds):
+        layout = Layout(pp=pipeline.pp, schedule=pipeline.schedule, chunks=pipeline.chunks)
+        chunks = sorted((chunk for its in stage_chunks(of.layers, layout) for chunk in its), key=lambda chunk: chunk.place)
+        self._start, self._held = np.array([(chunk.layers.start, len(chunk.layers)) for chunk in chunks]).T
+        self._before, self.most = of.before, max(self._held.tolist())
+
+    def of_first(self, layers: Ints) -> Floats:
+        """[layers, places, kinds + 2]: how many of the first so many layers of each place are of each kind; and whether it holds the
+        embedding and the head."""
+        first = np.minimum(layers[:, None], self._held)
+        out = np.zeros((*first.shape, self._before.shape[1] + 2))
+        out[..., :-2] = self._before[self._start + first] - self._before[self._start]
+        out[:, 0, EMBEDDING] = out[:, -1, HEAD] = 1
+        return out
 
 
-@lru_cache(maxsize=4096)
-def _held(pipeline: Pipeline, micro_batches: int) -> Ints:
-    """[stages]: chunks of which anything is there, be it for the weights' half of a backward."""
-    p = pipeline
-    return np.array([peak_held(p.schedule, stage, p.pp, micro_batches, p.chunks) for stage in range(p.pp)])
-
-
-@lru_cache(maxsize=4096)
-def _deferred(pipeline: Pipeline, micro_batches: int) -> Ints:
-    """[stages]: chunks whose weights' half is put off."""
-    p = pipeline
-    return np.array([peak_deferred(p.schedule, stage, p.pp, micro_batches) for stage in range(p.pp)])
-
-
-@lru_cache(maxsize=4096)
-def _interleaved_held(pipeline: Pipeline, micro_batches: int) -> Ints:
-    """[stages, chunks]: in flight at the end of the warm-up, whose forwards take the chunks in rounds of one a stage."""
-    p = pipeline
-    rounds, left = np.divmod(_in_flight(pipeline, micro_batches), p.pp * p.chunks)
-    return np.asarray(rounds[:, None] * p.pp + np.clip(left[:, None] - p.pp * np.arange(p.chunks), 0, p.pp))
-
-
-def _counts(pipeline: Pipeline, space: Space, kinds: tuple[Kind, ...]) -> Floats:
-    """[layers + 1, places, kinds + 2]: how many of the first so many layers of each place are of each kind; and whether it holds the
-    embedding and the head."""
-    model = space.model
-    layout = Layout(pp=pipeline.pp, schedule=pipeline.schedule, chunks=pipeline.chunks)
-    chunks = sorted((chunk for its in stage_chunks(model.layers, layout) for chunk in its), key=lambda chunk: chunk.place)
-    start, held = np.array([(chunk.layers.start, len(chunk.layers)) for chunk in chunks]).T
-    kind = [kinds.index((model.window(layer), model.is_moe(layer))) for layer in range(model.layers)]
-    before = np.vstack((np.zeros(len(kinds)), np.eye(len(kinds))[kind].cumsum(axis=0)))
-    first = np.minimum(np.arange(space.most_layers(pipeline) + 1)[:, None], held)
-    out = np.zeros((*first.shape, len(kinds) + 2))
-    out[..., :-2] = before[start + first] - before[start]
-    out[:, 0, EMBEDDING] = out[:, -1, HEAD] = 1
-    return out
-
-
-def _in_a_row(space: Space, kinds: tuple[Kind, ...]) -> Bools:
-    """[kinds + 2]: whether all layers of a kind follow one another in the model."""
-    model = space.model
-    runs = [kind for kind, _ in groupby((model.window(i), model.is_moe(i)) for i in range(model.layers))]
-    return np.array([*(runs.count(kind) == 1 for kind in kinds), False, False])
+def _before(counts: Floats) -> Floats:
+    """[..., places, rows]: of the places before each."""
+    return np.asarray(np.cumsum(counts, axis=-2) - counts)

@@ -21,7 +21,7 @@ from itertools import combinations
 
 import numpy as np
 
-from meshwright.planner.arrays import Bools, Ints
+from meshwright.planner.arrays import Bools, Ints, distinct
 from meshwright.planner.orders import ORDERS, OTHERS, Order, RankOrders, data_stride, strides
 from meshwright.schedule.orders import check_micro_batches
 from meshwright.spec.cluster import Cluster
@@ -188,8 +188,8 @@ class Space:
     def runs(self, pipeline: Pipeline, at: Ints) -> Bools:
         """Which of the combinations `at` have micro-batches that the schedule can run."""
         each = self.micro_batches[at]
-        counts, which = np.unique(each, return_inverse=True)
-        return np.array([_can_run(pipeline, int(m)) for m in counts], dtype=bool)[which]
+        counts, _, which = distinct(each)
+        return np.array([_can_run(pipeline, m) for m in counts.tolist()], dtype=bool)[which]
 
     @cached_property
     def columns(self) -> Columns:
@@ -279,7 +279,7 @@ class Space:
             plain += can * reliefs[sharding.zero][0]
             again += can * reliefs[sharding.zero][1]
         layouts = np.zeros(len(alike), dtype=np.int64)
-        for pp in np.unique(self.pp).tolist():
+        for pp in distinct(self.pp).keys.tolist():
             its = np.flatnonzero(self.pp[alike] == pp)
             for pipeline in self.pipelines(pp):
                 ways = plain[its] + again[its] * self.most_layers(pipeline)
@@ -305,9 +305,9 @@ class Space:
         degrees = {axis: each[at] for axis, each in self._degrees.items()}
         spans = {axis: strides(order, degrees)[axis] * degrees[axis] for axis in ("tp", "cp")}
         tp_inside, cp_inside = ((degrees[axis] == 1) | (span <= self.domain) for axis, span in spans.items())
-        used, local = np.unique(self.local[at] * 4 + 2 * tp_inside + cp_inside, return_inverse=True)
+        used, _, local = distinct(self.local[at] * 4 + 2 * tp_inside + cp_inside)
         locals_ = tuple(replace(self.locals[key // 4], order=LOCAL_ORDERS[key % 4]) for key in used.tolist())
-        cuts, expert = np.unique(self.expert[at], return_inverse=True)
+        cuts, _, expert = distinct(self.expert[at])
         experts = tuple(self.experts[cut] for cut in cuts.tolist())
         return replace(
             self, locals=locals_, experts=experts, local=local, expert=expert, pp=self.pp[at], dp=self.dp[at], order=order

@@ -71,20 +71,6 @@ def check_micro_batches(name: str, stages: int, micro_batches: int) -> None:
         )
 
 
-def peak_in_flight(name: str, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> int:
-    """`Schedule.in_flight`, in chunks, in closed form, for pricing many layouts."""
-    m = micro_batches
-    if name == "gpipe":
-        return m
-    if name == "interleaved":
-        return min(m * chunks, 2 * (stages - 1 - stage) + (chunks - 1) * stages + 1)
-    if name == "zb-v":
-        return min(2 * m, m + 1 + stage, 2 * stages)
-    if name == "dualpipe-v":
-        return 2 * stages + 1
-    return min(m, stages - stage)
-
-
 def layout_clock(layout: Layout, micro_batches: int) -> tuple[Waits, ...]:
     """`layout_order` with what each computation waits for: to price it again and again."""
     return wound_order(layout.schedule, layout.pp, micro_batches, layout.chunks, layout.async_ep)
@@ -107,21 +93,6 @@ def shorter(name: str, stages: int, micro_batches: int) -> int:
         return micro_batches
     enough = 6 * stages + 3 * round_size(name, stages)
     return min(micro_batches, enough + (micro_batches - enough) % stages)  # what is left is most often whole cycles
-
-
-def peak_held(name: str, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> int:
-    """`Schedule.peak` of chunks of size 1, in closed form: a split backward holds them until the weights' half is done."""
-    if name == "zb-h1":
-        return min(micro_batches, stages)
-    return peak_in_flight(name, stage, stages, micro_batches, chunks)
-
-
-def peak_deferred(name: str, stage: int, stages: int, micro_batches: int) -> int:
-    """`Schedule.deferred`, in chunks, in closed form, for pricing many layouts; of ZB-V with fewer micro-batches than stages no more
-    than that."""
-    if name == "zb-v" and micro_batches >= stages:
-        return 2 * stage + 1
-    return min(micro_batches, stage + 1) if name in ("zb-h1", "zb-v", "dualpipe-v") else 0
 
 
 def _check_chunks(name: str, chunks: int) -> None:
