@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from memory_ranks import Held, held
+from meshwright.cost.gradients import GradientBuffers
 from meshwright.cost.memory import in_flight_bytes, state_bytes
-from meshwright.cost.peak import gradient_buffer_bytes
 from meshwright.cost.program import Place, rank_program
 from meshwright.cost.units import unit_buffer_bytes
 from meshwright.parallel.ranks import RankPool
@@ -172,7 +172,8 @@ def estimated(group: Group, layout: Layout, rank: Held) -> int:
     kept = sum(state_bytes(program, layout).values())
     if group.what == "kept":
         return kept
-    return kept + unit_buffer_bytes(program, layout) + gradient_buffer_bytes(program, layout, schedule, rank.stage)
+    buffers = GradientBuffers(program, layout).bytes_of(schedule, rank.stage)
+    return kept + unit_buffer_bytes(program, layout) + buffers
 
 
 def markdown(group: Group, rows: list[Row]) -> Iterable[str]:
