@@ -11,14 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, get_args
 
-from meshwright.cost.economics import Bill
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.practice import Attention, Practice
 from meshwright.cost.result import Estimate
-from meshwright.planner.bill import Terms, training_bill
-from meshwright.planner.recompute import Fitted, fit_recompute
-from meshwright.planner.rules.case import Habits
-from meshwright.planner.stages import Balanced, balance_stages
 from meshwright.schedule.stages import alike_stages, first_rank
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.cluster import Cluster
@@ -30,16 +25,20 @@ from meshwright.spec.model import Model
 from meshwright.spec.notation import parse_layout
 from meshwright.spec.sizes import parse_bytes
 from meshwright.spec.workload import Workload
-from meshwright.trace.result import StageTrace, Trace
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what one function needs it imports: an estimate is asked for more often than all the rest
+    from meshwright.cost.economics import Bill
     from meshwright.cost.fabric.view import FabricView
     from meshwright.planner.around import Problem, Variation
+    from meshwright.planner.bill import Terms
     from meshwright.planner.lint import Linted
     from meshwright.planner.objectives import Sizing
+    from meshwright.planner.recompute import Fitted
     from meshwright.planner.search import Plan
+    from meshwright.planner.stages import Balanced
     from meshwright.planner.ways import WayOut
     from meshwright.trace.check import Check
+    from meshwright.trace.result import StageTrace, Trace
 
 PER = 1e12
 """Tokens that a cost is stated for where a person gives none."""
@@ -85,6 +84,7 @@ def trace(
     Needs the `run` extra. Raises UserError for what does not fit together, and for layouts that cannot be traced.
     """
     from meshwright.trace.engine import trace_ranks  # torch
+    from meshwright.trace.result import Trace
 
     parsed = parse_layout(layout) if isinstance(layout, str) else layout
     if gpus is not None:
@@ -166,6 +166,8 @@ def recompute(
 ) -> Fitted:
     """Choose what `layout` recomputes so that a rank stays within `memory_budget` (bytes, or such as "60GiB"), at the least cost in
     time; other arguments as in `estimate`. Raises UserError when even recomputing all is not enough."""
+    from meshwright.planner.recompute import fit_recompute
+
     parsed = parse_layout(layout) if isinstance(layout, str) else layout
     estimator = Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch, expert_imbalance))
     return fit_recompute(estimator, parsed, parse_bytes(memory_budget))
@@ -173,6 +175,8 @@ def recompute(
 
 def balance(*, model: str | Model, cluster: str | Cluster, layout: str | Layout, seq: int, global_batch: int) -> Balanced:
     """Cut the pipeline of `layout` into stages of equal cost; arguments as in `estimate`."""
+    from meshwright.planner.stages import balance_stages
+
     parsed = parse_layout(layout) if isinstance(layout, str) else layout
     return balance_stages(Estimator(_model(model), _cluster(cluster), Workload(seq, global_batch)), parsed)
 
@@ -188,6 +192,8 @@ def bill(
     terms: Terms | None = None,
 ) -> tuple[Estimate, Bill]:
     """What a run of `tokens` costs under a layout; other arguments as in `estimate`."""
+    from meshwright.planner.bill import training_bill
+
     known_model, known_cluster = _model(model), _cluster(cluster)
     priced = estimate(model=known_model, cluster=known_cluster, layout=layout, seq=seq, global_batch=global_batch)
     return priced, training_bill(priced, known_model, known_cluster, tokens, terms)
@@ -287,6 +293,7 @@ def size(
 ) -> Sizing:
     """How many of up to `gpus` accelerators: the fewest that train `tokens` within `deadline` seconds, the quickest that `budget` USD
     pay for, or (objective "cost") those whose tokens are cheapest."""
+    from meshwright.planner.bill import Terms
     from meshwright.planner.objectives import Sizer
 
     if objective not in ("time", "cost"):
@@ -345,7 +352,9 @@ def lint(
     `attention`, `grouped_gemm` and `loss_scaling`: of the software that runs it; the package's own engine has flash attention, grouped
     products and loss scaling. `bucket_bytes`: of gradients. `checkpoint_interval`: seconds, to be held against the best.
     """
+    from meshwright.planner.bill import Terms
     from meshwright.planner.lint import lint as check  # needs NumPy
+    from meshwright.planner.rules.case import Habits
 
     if attention not in get_args(Attention):
         raise choices(attention, get_args(Attention), "attention")

@@ -6,24 +6,23 @@ Looked at are those that the search has priced, and the likeliest combinations o
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from meshwright.cost.result import Estimate
-from meshwright.planner.arrays import Bools, Ints, distinct
+from meshwright.planner.arrays import distinct
 from meshwright.planner.bounds import Bounds, ClosedForm
 from meshwright.planner.explain import Kind, kinds_of
-from meshwright.planner.space import Relief, Space
+from meshwright.planner.flat import Flat, Found
+from meshwright.planner.space import Relief
 from meshwright.planner.trials import Trials
-from meshwright.spec.layout import SCHEDULES, Layout
+from meshwright.spec.layout import Layout
 
 MOST_PER_KIND = 256
 """Combinations of each kind that are looked at."""
 MOST_RECOMPUTED = 128
 """Layouts of each that are looked at with full recompute."""
-ROOM = (1.0, 0.98, 0.95, 0.9, 0.8, 0.65)
-"""Those layouts are tried until one fits, of each schedule, that by their bounds are the quickest within these shares of the memory."""
 MOST_TRIES, NEAR = 3, 0.05
 """How many of a kind are played while their steps are longer than their bounds by more than this share."""
 
@@ -117,87 +116,3 @@ class Alternatives:
 def _frees_more(one: Relief, other: Relief) -> bool:
     """And leaves as much to the host."""
     return one != other and one.offload == other.offload and one.includes(other)
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The quickest that fit by their bounds, else what needs the fewest bytes."""
-
-    fitting: tuple[tuple[float, Bounds, int], ...] = ()
-    """(seconds, bounds, row), a few of each schedule, quickest first."""
-    bytes: float = float("inf")
-    least: tuple[Bounds, int] | None = None
-
-    @property
-    def seconds(self) -> float:
-        return self.fitting[0][0] if self.fitting else float("inf")
-
-    def or_(self, other: Found) -> Found:
-        fitting = sorted((*self.fitting, *other.fitting), key=lambda one: one[0])
-        least = min(self, other, key=lambda found: found.bytes)
-        return Found(tuple(fitting), least.bytes, least.least)
-
-
-class Flat:
-    """Many bounds in one row."""
-
-    def __init__(self, space: Space, every: Sequence[Bounds]):
-        self.space, self.every = space, every
-        self.seconds, self.bytes = (
-            np.concatenate([[], *(getattr(b, name) for b in every)]) for name in ("seconds", "bytes")
-        )
-        names = ("at", "sharding", "relief", "layers")
-        self.at, self.sharding, relief, layers = (
-            np.concatenate([np.empty(0, np.int64), *(getattr(b, name) for b in every)]) for name in names
-        )
-        self.first = np.cumsum([0, *(len(b.at) for b in every)])
-        self.number = np.repeat(np.arange(len(every)), np.diff(self.first))
-        self.schedule = np.array([SCHEDULES.index(b.pipeline.schedule) for b in every], dtype=np.int64)[self.number]
-        self.zero = np.array([sharding.zero for sharding in space.shardings])[self.sharding]
-        modes = np.array([relief.recompute for relief in space.reliefs])[relief]
-        most = np.array([0, *(space.most_layers(b.pipeline) for b in every)])[1:][self.number]
-        self.again = np.where(modes == "none", 0, np.where((modes == "full") & (layers == most), 2, 1))
-        """0 where nothing runs again, 2 where all layers do whole, else 1."""
-
-    def where(self, row: int) -> tuple[Bounds, int]:
-        """The bounds that have it, and its row there."""
-        number = int(self.number[row])
-        return self.every[number], int(row - self.first[number])
-
-    def layout(self, row: int) -> Layout:
-        bounds, its = self.where(row)
-        return bounds.layout(its)
-
-    def taken(self, rows: Bools) -> Iterator[Bounds]:
-        """Of each of the bounds those `rows`, if any."""
-        for number, bounds in enumerate(self.every):
-            its = np.flatnonzero(rows[self.first[number] : self.first[number + 1]])
-            if len(its):
-                yield bounds.take(its)
-
-    def members(self, kind: Kind, of_kind: Bools, again: Ints | int) -> Bools:
-        """Which are of `kind`, if so much of them ran `again`."""
-        leaf = [[[kind.leaf(schedule, zero, x) for x in range(3)] for zero in range(4)] for schedule in SCHEDULES]
-        return np.asarray(of_kind[self.at] & np.array(leaf)[self.schedule, self.zero, again])
-
-    def least_of(self, kind: Kind, of_kind: Bools, limit: float) -> Found:
-        """Of the members of `kind`."""
-        its = np.flatnonzero(self.members(kind, of_kind, self.again))
-        if not len(its):
-            return Found()
-        fits = its[self.bytes[its] <= limit]
-        if len(fits):
-            return Found(tuple((float(self.seconds[row]), *self.where(row)) for row in self._quickest(fits, limit)))
-        row = int(its[np.argmin(self.bytes[its])])
-        return Found(bytes=float(self.bytes[row]), least=self.where(row))
-
-    def _quickest(self, rows: Ints, limit: float) -> list[int]:
-        """Of `rows`, of each schedule the quickest that leave more and more of `limit` free: bounds of memory are not equally near."""
-        found = set[int]()
-        for schedule in np.flatnonzero(np.bincount(self.schedule[rows])):
-            its = rows[self.schedule[rows] == schedule]
-            for share in ROOM:
-                its = its[self.bytes[its] <= share * limit]
-                if len(its):
-                    found.add(int(its[np.argmin(self.seconds[its])]))
-        return sorted(found, key=lambda row: float(self.seconds[row]))

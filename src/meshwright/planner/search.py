@@ -20,10 +20,11 @@ import numpy as np
 
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.result import Estimate
-from meshwright.planner.alternatives import Alternatives, Flat
+from meshwright.planner.alternatives import Alternatives
 from meshwright.planner.arrays import Ints
 from meshwright.planner.bounds import Bounds, ClosedForm
 from meshwright.planner.explain import reason_against
+from meshwright.planner.flat import Flat
 from meshwright.planner.orders import ORDERS, OTHERS
 from meshwright.planner.queues import Queue, Short, Unseen
 from meshwright.planner.space import Pipeline, Relief, Sharding, Space, legal_space, space_on
