@@ -20,7 +20,7 @@ lint: $(VENV)/.ready
 
 # Long sweeps and measurements, outside CI.
 parity: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "parity or not parity" tests/parallel tests/verify
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "parity or not parity" tests/parallel tests/verify tests/planner
 	OMP_NUM_THREADS=1 $(BIN)/python -m meshwright verify --matrix --count 180 --out runs/parity.md
 
 mutants: $(VENV)/.ready

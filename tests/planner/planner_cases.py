@@ -43,7 +43,7 @@ MACHINES = ("a100-superpod", "h100-superpod", "b200-superpod", "gb200-nvl72", "a
 
 def random_problem(random: Random, largest: int) -> tuple[Model, Cluster, Workload, int]:
     """A model of the catalogue with some of its layers, on some accelerators of a cluster, often with so little memory that only a
-    part of its 200 to `largest` legal layouts fit."""
+    part of its 200 to `largest` legal layouts fit, and sometimes with hosts that hold no more than some layout offloads."""
     names = random.choice(list(MODELS.values()))
     while True:
         model, layers = load_model(random.choice(names)), random.randint(2, 8)
@@ -58,10 +58,17 @@ def random_problem(random: Random, largest: int) -> tuple[Model, Cluster, Worklo
         space = space_on(cluster, model, work, gpus, "bf16")
         if not len(space.local) or not 200 <= space.size() <= largest:
             continue
+        every = list(legal_layouts(space))
         if random.random() < 0.75:
-            some = random.choice(list(legal_layouts(space)))
+            some = random.choice(every)
             memory = {"memory_bytes": Estimator(model, cluster, work).played(some).peak_bytes}
             cluster = cluster.model_copy(update={"accelerator": cluster.accelerator.model_copy(update=memory)})
+        offloading = [x for x in random.sample(every, min(len(every), 40)) if x.offload != "none"]
+        if offloading and random.random() < 0.5:
+            offload = Estimator(model, cluster, work).estimate(offloading[0]).offload
+            assert offload is not None
+            holds = {"host_memory_bytes": offload.kept_bytes * min(gpus, cluster.node.accelerators)}
+            cluster = cluster.model_copy(update={"node": cluster.node.model_copy(update=holds)})
         return model, cluster, work, gpus
 
 

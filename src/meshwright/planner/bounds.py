@@ -22,6 +22,7 @@ from functools import cached_property
 import numpy as np
 
 from meshwright.cost.estimate import Estimator
+from meshwright.cost.offload import host_room
 from meshwright.cost.ops import Collective
 from meshwright.planner.arrays import Bools, Floats, Ints, distinct
 from meshwright.planner.figures import LayerFigures
@@ -33,6 +34,7 @@ from meshwright.planner.state import (
     BYTES,
     COMING,
     FORWARD,
+    LARGEST,
     OPTIMIZER,
     REDUCTION,
     REST,
@@ -41,6 +43,7 @@ from meshwright.planner.state import (
     StatePrices,
 )
 from meshwright.planner.tables import kinds_of, make_tables
+from meshwright.schedule.buckets import AHEAD, IN_TURN
 from meshwright.spec.layout import Layout, Offload
 from meshwright.spec.precision import STATE_BYTES
 
@@ -191,7 +194,10 @@ class ClosedForm:
         eased = self._eased(short)
         rows = np.flatnonzero(eased.least_bytes() <= limit)
         zero = self.zero[short.sharding[rows]]
-        which = [rows[self.space.can_relieve(relief, short.at[rows], zero)] for relief in self.space.reliefs[1:]]
+        which = [
+            rows[self.space.can_relieve(relief, short.at[rows], zero) & eased.host_may_hold(rows, number)]
+            for number, relief in enumerate(self.space.reliefs[1:], start=1)
+        ]
         its, relief = np.concatenate(which), np.repeat(1 + np.arange(len(which)), [len(each) for each in which])
         if not len(its):
             return short.take(its)
@@ -204,24 +210,20 @@ class ClosedForm:
 
     def recomputed(self, bounds: Bounds, relief: Relief = FULL) -> Bounds:
         """`bounds`, which have no relief, with recompute of all layers."""
-        return self._with(bounds, np.full(len(bounds.at), self.space.reliefs.index(relief)))
+        if not len(bounds.at):
+            return bounds
+        eased, its = self._eased(bounds), np.arange(len(bounds.at))
+        again = np.full(len(its), self.space.reliefs.index(relief))
+        eased.learn(its, again)
+        return eased.bounds(its, again, eased.all_layers(again))
 
     def emptied(self, bounds: Bounds) -> Bounds:
-        """The same, and all that can be offloaded is."""
-        return self._with(bounds, self.emptying[self.zero[bounds.sharding]])
-
-    @cached_property
-    def emptying(self) -> Ints:
-        """[ZeRO stages]: the relief that frees most."""
-        offloads: tuple[Offload, ...] = ("optimizer", "optimizer", "optimizer", "all")
-        reliefs = [replace(FULL, offload=offload) if self.space.offloads else FULL for offload in offloads]
-        return np.array([self.space.reliefs.index(relief) for relief in reliefs])
-
-    def _with(self, bounds: Bounds, relief: Ints) -> Bounds:
-        if not len(relief):
+        """The same with full recompute, and what is offloaded with which it needs least."""
+        if not len(bounds.at):
             return bounds
-        eased, its = self._eased(bounds), np.arange(len(relief))
-        eased.learn(its, relief)
+        eased, its = self._eased(bounds), np.arange(len(bounds.at))
+        eased.learn(its, np.full(len(its), self.space.reliefs.index(FULL)))
+        relief, _ = eased.emptied()
         return eased.bounds(its, relief, eased.all_layers(relief))
 
     def _eased(self, bounds: Bounds) -> _Eased:
@@ -297,19 +299,52 @@ class _Eased:
         offloads = [relief.offload for relief in space.reliefs]
         self._offloads, self._all = np.array([x != "none" for x in offloads]), np.array([x == "all" for x in offloads])
         self._again = np.array([relief.recompute != "none" for relief in space.reliefs])
-        self._links = closed.estimator.overlap.links(Layout(offload="optimizer", precision=space.precision))
+        offloading = Layout(dp=space.gpus, offload="optimizer", precision=space.precision)
+        self._links = closed.estimator.overlap.links(offloading)
+        self._host_room = host_room(closed.estimator.cluster, offloading)
 
     def learn(self, its: Ints, relief: Ints) -> None:
         """What these reliefs change in the layers of `its`."""
         self._figures[..., its] = self.closed.reliefs.of(self.closed.space, self.plain.at[its], relief)
 
+    def emptied(self) -> tuple[Ints, Floats]:
+        """Of each the relief with which it needs least, all layers run again whole, and the bytes. Small state that is offloaded may need
+        more for its way than for its place."""
+        space, at, every = self.closed.space, self.plain.at, np.arange(len(self.plain.at))
+        zero, which = self.closed.zero[self.plain.sharding], np.full(len(at), space.reliefs.index(FULL))
+        least = self._all_again(which)
+        offloads: tuple[Offload, ...] = ("optimizer", "all") if space.offloads else ()
+        for offload in offloads:
+            relief = space.reliefs.index(replace(FULL, offload=offload))
+            can = space.can_relieve(space.reliefs[relief], at, zero) & self.host_may_hold(every, relief)
+            bytes_ = np.where(can, self._all_again(np.full(len(at), relief)), np.inf)
+            which, least = np.where(bytes_ < least, relief, which), np.minimum(least, bytes_)
+        return which, least
+
+    def _all_again(self, relief: Ints) -> Floats:
+        return np.asarray(self.bytes(np.arange(len(relief)), relief, self.all_layers(relief)).max(axis=0))
+
+    def host_may_hold(self, its: Ints, relief: Ints | int) -> Bools:
+        """Whether what is offloaded may fit there."""
+        return np.asarray((self._away(its, relief) <= self._host_room).all(axis=0))
+
+    def _away(self, its: Ints, relief: Ints | int) -> Floats:
+        """[kinds of stages, n]: bytes of the state that are offloaded, at the least."""
+        optimizer, parameters = self.prices[:, OPTIMIZER, its], self.prices[:, COMING, its]
+        return np.asarray(self._offloads[relief] * optimizer + self._all[relief] * parameters)
+
+    def _in_turn(self, its: Ints, relief: Ints) -> Floats:
+        """[kinds of stages, n]: bytes of the largest buckets' state that are here while they come and go, as `cost/offload.py` has them."""
+        size = STATE_BYTES[self.closed.space.precision]
+        each = self._offloads[relief] * IN_TURN * size.optimizer + self._all[relief] * (IN_TURN + AHEAD) * size.parameter
+        return np.asarray(each * self.prices[:, LARGEST, its])
+
     def least_bytes(self) -> Floats:
-        """Of all with every relief there is, at the least: of each layer its input is left, of the state what cannot be offloaded."""
+        """Of all with every relief there is, at the least: of each layer its input is left."""
         closed, at = self.closed, self.plain.at
         full = closed.reliefs.mode[closed.space.reliefs.index(FULL)]
         self._figures[full, :, 0] = closed.tables.of("saved", at)[:-2] - closed.tables.boundary[at]
-        relief = closed.emptying[closed.zero[self.plain.sharding]]
-        return np.asarray(self.bytes(np.arange(len(at)), relief, self.all_layers(relief)).max(axis=0))
+        return self.emptied()[1]
 
     def bounds(self, its: Ints, relief: Ints, layers: Ints) -> Bounds:
         seconds, bytes_ = self.seconds(its, relief, layers), self.bytes(its, relief, layers).max(axis=0)
@@ -334,8 +369,7 @@ class _Eased:
         """[outer stages, n]"""
         freed = self._figures[self.closed.reliefs.mode[relief], :, 0, its]
         chunks = np.einsum("nscr,nr->scn", self._first[layers], freed)
-        away = self._offloads[relief] * self.prices[:, OPTIMIZER, its] + self._all[relief] * self.prices[:, COMING, its]
-        state = (self.prices[:, BYTES, its] - away)[self._kind]
+        state = (self.prices[:, BYTES, its] - self._away(its, relief) + self._in_turn(its, relief))[self._kind]
         return np.asarray(self._passing.bytes(its, chunks) + state + self.closed.estimator.overhead)
 
     def seconds(self, its: Ints, relief: Ints, layers: Ints) -> Floats:

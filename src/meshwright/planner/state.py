@@ -26,11 +26,11 @@ Held = tuple[int, ...]
 comes while the one before is used."""
 
 FORWARD, BACKWARD, REDUCTION = slice(0, 2), slice(2, 4), slice(4, 6)
-REST, BYTES, UPDATE, OPTIMIZER, COMING, RETURNING = range(6, 12)
-PRICES = 12
+REST, BYTES, UPDATE, OPTIMIZER, COMING, RETURNING, LARGEST = range(6, 13)
+PRICES = 13
 """Rows of a price: seconds gathering for forward, and for backward with what is reduced there, of the gradients' reduction, each on the
 links of a domain and on the network; of what follows it; bytes; seconds of the optimizer alone; of the bytes, those of its state, of
-parameters that come and go, and of those that do so again for backward."""
+parameters that come and go, and of those that do so again for backward; elements of the largest bucket's part, at the least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ class StatePrices:
         shape, size, split = (len(helds), len(at)), self.size, self.tables.split[at]
         out = np.zeros((PRICES, *shape))
         owned_all, elements_all, buffer = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-        units = np.zeros((len(held), *shape))
+        units, gradients = np.zeros((len(held), *shape)), _UnitGradients(shape)
         scatters, ends = zero >= 2, np.concatenate((held[:-2], np.zeros_like(held[-2:])))
         for group in _groups(int(zero[0])):
             cuts, sizes = self._cuts(group, at, zero, shard), self._shards(group)
@@ -200,26 +200,30 @@ class StatePrices:
             if group.comes_and_goes:
                 # The embedding and the head need not be gathered for backward.
                 layers = _Bunches(ends, rows.each)
-                units += (cuts.cuts > 1) * at_once * rows.each
+                whole_at_once = _Bunches((cuts.cuts > 1) * at_once, rows.each)
+                units += whole_at_once.number * whole_at_once.each
+                gradients.add(whole_at_once)
                 out[FORWARD] += over * gather
                 out[BACKWARD] += over * self._seconds(within, "all_gather", [layers], size.parameter)
             out[BACKWARD] += over * (scatters * scatter)
             whole = cuts.cuts == 1
-            largest = rows.each if group.comes_and_goes else sizes.largest[:, None, split]
-            buffer = np.maximum(buffer, ~whole * ((held > 0) * largest).max(axis=0))
+            largest = ((held > 0) * (rows.each if group.comes_and_goes else sizes.largest[:, None, split])).max(axis=0)
+            buffer = np.maximum(buffer, ~whole * largest)
+            if group.comes_and_goes or zero[0] < 3:
+                out[LARGEST] = np.maximum(out[LARGEST], largest // cuts.cuts)
             over_all = self._by_links(cuts.ranks, cuts.stride)
             out[REDUCTION] += np.where(whole, over_all * replicas, over * (~scatters * scatter))
             out[REST] += np.where(whole, 0.0, replicas + (0.0 if group.comes_and_goes else gather))
             parameters = owned if group.comes_and_goes else elements
-            gradients = np.where(scatters, owned, elements)
-            out[BYTES] += parameters * size.parameter + gradients * size.gradient + owned * size.optimizer
+            summed = np.where(scatters, owned, elements)
+            out[BYTES] += parameters * size.parameter + summed * size.gradient + owned * size.optimizer
             out[OPTIMIZER] += owned * size.optimizer
             if group.comes_and_goes:
                 out[COMING] += owned * size.parameter
                 out[RETURNING] += _total(layers) // cuts.cuts * size.parameter
         out[BYTES] += units.max(axis=0) * size.parameter  # the largest, whole while they are used
         if size.gradient != size.parameter:  # a whole gradient goes through no parameters' buffer
-            out[BYTES] += scatters * buffer * size.gradient
+            out[BYTES] += scatters * np.maximum(buffer, gradients.elements) * size.gradient
         # As `cost/program.py` has the optimizer, without padding.
         moved = (
             owned_all * (2 * (size.optimizer + size.parameter) + size.gradient)
@@ -273,6 +277,27 @@ class StatePrices:
             if called.any():
                 out = out + (called * number * self.collectives.seconds(ranks, op, each * size)).sum(axis=0)
         return out
+
+
+class _UnitGradients:
+    """Whole gradients of units before they are reduced: buffers are kept for the next of the same size, so those of the layers that need
+    most, and those of the larger end of the model, if they are of another size."""
+
+    def __init__(self, shape: tuple[int, int]):
+        self._layers, self._each, self._ends = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+
+    def add(self, units: _Bunches) -> None:
+        """[rows of the tables, stages, n]: so many of a group are there at once."""
+        every = units.number * units.each
+        layers, ends = every[:-2], every[-2:].max(axis=0)
+        most = layers.argmax(axis=0)[None]
+        here, each = (np.take_along_axis(of, most, axis=0)[0] for of in (layers, np.broadcast_to(units.each, every.shape)))
+        self._each = np.where(here > self._layers, each, self._each)
+        self._layers, self._ends = np.maximum(self._layers, here), np.maximum(self._ends, ends)
+
+    @property
+    def elements(self) -> Floats:
+        return np.asarray(self._layers + np.where(self._ends == self._each, 0, self._ends))
 
 
 def _total(bunches: _Bunches) -> Ints:
