@@ -16,7 +16,7 @@ from meshwright.spec.model import Model
 from meshwright.spec.workload import Workload
 
 PROBLEMS = [
-    ("llama-3-8b", "h100-superpod", 4, 2048, 8, "bf16"),
+    ("llama-3-8b", "h100-superpod", 4, 2048, 4, "bf16"),
     ("gpt2", "h100-superpod", 4, 1024, 16, "bf16"),
     ("llama-small", "local", 4, 256, 16, "bf16"),
     ("llama-small", "local", 4, 256, 16, "fp32"),

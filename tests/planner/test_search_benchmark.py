@@ -11,11 +11,10 @@ from rich.console import Console
 
 import search
 from meshwright.cost.estimate import Estimator
-from meshwright.planner.search import legal_layouts
-from meshwright.planner.space import legal_space
+from meshwright.planner.search import plain_layouts
+from meshwright.planner.space import NONE, Relief, legal_space
 from meshwright.spec.catalogue import load_cluster
 from meshwright.spec.huggingface import load_model
-from meshwright.spec.layout import DENSE_AXES
 from meshwright.spec.workload import Workload
 
 SMALL = search.Problem("gpt3-6.7b", "a100-superpod", 8, 2048, 8)
@@ -25,21 +24,19 @@ def test_the_narrow_search_finds_the_best_of_what_it_says_it_covers() -> None:
     model, cluster, work = load_model(SMALL.model), load_cluster(SMALL.cluster), Workload(SMALL.seq, SMALL.global_batch)
     space = legal_space(model, work, SMALL.gpus, "bf16", cluster.fabric.domain)
     covered = [
-        layout
-        for layout in legal_layouts(space)
-        if layout.cp == 1
-        and layout.zero <= 1
-        and layout.zero_shard is None
-        and layout.schedule in ("1f1b", "interleaved")
-        and model.layers % (layout.pp * layout.chunks) == 0
-        and layout.recompute_parts == ("core",)
-        and layout.recompute_layers is None
-        and layout.offload == "none"
-        and layout.order == DENSE_AXES
+        space.layout(at, pipeline, sharding, relief)
+        for at, pipeline, sharding in plain_layouts(space)
+        if space.columns.cp[at] == 1
+        and sharding.zero <= 1
+        and sharding.shard is None
+        and pipeline.schedule in ("1f1b", "interleaved")
+        and model.layers % (pipeline.pp * pipeline.chunks) == 0
+        for relief in (NONE, Relief("full"), Relief("selective"))
     ]
     found = search.narrowed(SMALL)
     assert found["candidates"] == len(covered)
-    prices = [Estimator(model, cluster, work).played(layout) for layout in covered]
+    estimator = Estimator(model, cluster, work)
+    prices = [estimator.played(layout) for layout in covered]
     assert found["step_time_s"] == pytest.approx(min(p.step_time_s for p in prices if p.fits), rel=1e-12)
 
 
