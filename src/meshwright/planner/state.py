@@ -81,16 +81,17 @@ class _Sizes(NamedTuple):
     each: Ints
     """[shards, splits]"""
     together: Ints
-    """[rows of the tables, splits]: all of a row's, and the largest."""
+    """[rows of the tables, splits]: all of a row's; so, too, the next."""
     largest: Ints
 
 
 class Sharded(NamedTuple):
-    """Prices of combinations under shardings: `known`, [stages, prices, different ones], and which of these each is,
-    [shardings, combinations]."""
+    """Prices of combinations under shardings."""
 
     known: Floats
+    """[stages, prices, different ones]"""
     number: Ints
+    """[shardings, combinations]: which of the different ones each is."""
 
     def of(self, sharding: Ints, row: Ints) -> Floats:
         """[stages, prices, n]"""
@@ -131,8 +132,9 @@ class StatePrices:
 
     def _keys(self, at: Ints, sharding: Ints) -> Ints:
         """Combinations with the same, each with its sharding, cut their state alike."""
-        columns, most = self.space.columns, self.space.gpus + 1
-        keys = ((self.tables.split[at] * len(self._zero) + sharding) * most + columns.cp[at]) * most + self.space.dp[at]
+        most, cp = self.space.gpus + 1, self.space.columns.cp
+        keys = (self.tables.split[at] * len(self._zero) + sharding) * (int(cp.max()) + 1) + cp[at]
+        keys = keys * most + self.space.dp[at]
         return keys * most + self.space.data_stride[at] if self.space.order.any() else keys
 
     def _of(self, helds: Sequence[Held], different: Distinct, at: Ints, sharding: Ints) -> Floats:
