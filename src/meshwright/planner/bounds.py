@@ -147,11 +147,12 @@ class ClosedForm:
             legal = np.stack(
                 [self.space.can_shard(s, its) & use for s, use in zip(self.space.shardings, shardings, strict=True)]
             )
-            work, chosen = self._work(its), list[tuple[Stages, Ints]]()
+            work, hop, chosen = self._work(its), self._hop(pp, its), list[tuple[Stages, Ints]]()
             for pipeline in self.space.pipelines(pp):
                 if not plain or pipeline.chunks <= 2:
                     runs = np.flatnonzero(self.space.runs(pipeline, its))
-                    stages = self._stages(pipeline, its[runs], work if len(runs) == len(its) else work.take(runs))
+                    its_work = work if len(runs) == len(its) else work.take(runs)
+                    stages = self._stages(pipeline, its[runs], its_work, hop[runs])
                     quick = np.flatnonzero(stages.bound() < limit[runs])
                     if len(quick):
                         chosen.append((stages if len(quick) == len(runs) else stages.take(quick), runs[quick]))
@@ -227,7 +228,8 @@ class ClosedForm:
         return eased.bounds(its, relief, eased.all_layers(relief))
 
     def _eased(self, bounds: Bounds) -> _Eased:
-        stages = self._stages(bounds.pipeline, bounds.at, self._work(bounds.at))
+        hop = self._hop(bounds.pipeline.pp, bounds.at)
+        stages = self._stages(bounds.pipeline, bounds.at, self._work(bounds.at), hop)
         return _Eased(self, stages, bounds, self.state.price(stages.shape.held, bounds.at, bounds.sharding))
 
     @cached_property
@@ -238,22 +240,22 @@ class ClosedForm:
     def _work(self, at: Ints) -> Work:
         return Work(*(self.tables.of(name, at) for name in Work._fields))
 
-    def _stages(self, pipeline: Pipeline, at: Ints, work: Work) -> Stages:
-        return Stages(self._shape(pipeline), work, self.space.micro_batches[at], self._hop(pipeline, at))
+    def _stages(self, pipeline: Pipeline, at: Ints, work: Work, hop: Floats) -> Stages:
+        return Stages(self._shape(pipeline), work, self.space.micro_batches[at], hop)
 
     def _shape(self, pipeline: Pipeline) -> Shape:
         if pipeline not in self._shapes:
             self._shapes[pipeline] = Shape(pipeline, self._layers)
         return self._shapes[pipeline]
 
-    def _hop(self, pipeline: Pipeline, at: Ints) -> Floats:
+    def _hop(self, pp: int, at: Ints) -> Floats:
         """Seconds of a send between stages."""
-        if pipeline.pp == 1:
+        if pp == 1:
             return np.zeros(len(at))
         keys = self.space.strides["pp"][at] * 2**44 + self.tables.boundary[at].astype(np.int64)
         unique, _, which = distinct(keys)
         seconds = self.estimator.times.seconds
-        each = [seconds(Collective("pp", "send", pipeline.pp, *divmod(key, 2**44))) for key in unique.tolist()]
+        each = [seconds(Collective("pp", "send", pp, *divmod(key, 2**44))) for key in unique.tolist()]
         return np.asarray(np.array(each)[which])
 
     def _exposed(self, sent: Floats, work: Floats, own: Floats, read: Floats | float = 0.0) -> Floats:

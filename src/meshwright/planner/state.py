@@ -27,10 +27,11 @@ comes while the one before is used."""
 
 FORWARD, BACKWARD, REDUCTION = slice(0, 2), slice(2, 4), slice(4, 6)
 REST, BYTES, UPDATE, OPTIMIZER, COMING, RETURNING, LARGEST = range(6, 13)
-PRICES = 13
-"""Rows of a price: seconds gathering for forward, and for backward with what is reduced there, of the gradients' reduction, each on the
-links of a domain and on the network; of what follows it; bytes; seconds of the optimizer alone; of the bytes, those of its state, of
-parameters that come and go, and of those that do so again for backward; elements of the largest bucket's part, at the least."""
+PRICES, PLAIN = 13, 8
+"""Rows of a price, the first of which are all that a layout without relief asks: seconds gathering for forward, and for backward with
+what is reduced there, of the gradients' reduction, each on the links of a domain and on the network; of what follows it; bytes. Then
+seconds of the optimizer alone; of the bytes, those of its state, of parameters that come and go, and of those that do so again for
+backward; elements of the largest bucket's part, at the least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +120,8 @@ class StatePrices:
         return self._of(helds, different, at, sharding).take(different.which, axis=2)
 
     def sharded(self, pipelines: Sequence[Sequence[Held]], at: Ints, legal: Bools, rows: Ints) -> Iterator[Sharded]:
-        """For each of the `pipelines` the same of combinations `at`; asked once, for all `rows` of them under every sharding that is
-        `legal`, [shardings, n], for them."""
+        """For each of the `pipelines` the `PLAIN` ones of combinations `at`; asked once, for all `rows` of them under every sharding that
+        is `legal`, [shardings, n], for them."""
         sharding, of = np.nonzero(legal[:, rows])
         its = at[rows[of]]
         different = distinct(self._keys(its, sharding))
@@ -128,7 +129,7 @@ class StatePrices:
         number[sharding, rows[of]] = different.which
         known = self._of([held for helds in pipelines for held in helds], different, its, sharding)
         for each in np.split(known, np.cumsum([len(helds) for helds in pipelines])[:-1]):
-            yield Sharded(each, number)
+            yield Sharded(each[:, :PLAIN], number)
 
     def _keys(self, at: Ints, sharding: Ints) -> Ints:
         """Combinations with the same, each with its sharding, cut their state alike."""
