@@ -21,7 +21,7 @@ from itertools import combinations
 
 import numpy as np
 
-from meshwright.planner.arrays import Bools, Distinct, Ints, distinct
+from meshwright.planner.arrays import Bools, Ints, distinct
 from meshwright.planner.orders import ORDERS, OTHERS, Order, RankOrders, data_stride, strides
 from meshwright.schedule.orders import check_micro_batches
 from meshwright.spec.cluster import Cluster
@@ -187,12 +187,11 @@ class Space:
 
     def runs(self, pipeline: Pipeline, at: Ints) -> Bools:
         """Which of the combinations `at` have micro-batches that the schedule can run."""
-        counts, _, which = self._different_micro_batches
-        return np.array([_can_run(pipeline, m) for m in counts.tolist()], dtype=bool)[which[at]]
-
-    @cached_property
-    def _different_micro_batches(self) -> Distinct:
-        return distinct(self.micro_batches)
+        each = self.micro_batches[at]
+        can = np.zeros(self.workload.global_batch + 1, dtype=bool)
+        counts = np.flatnonzero(np.bincount(each))
+        can[counts] = [_can_run(pipeline, m) for m in counts.tolist()]
+        return can[each]
 
     @cached_property
     def columns(self) -> Columns:

@@ -68,10 +68,18 @@ class _Cuts:
 
 
 class _Bunches(NamedTuple):
-    """So many, of so many elements each, go together over the wire; both spread to [bunches, stages, ways]."""
+    """So many, of so many elements each, go together over the wire."""
 
     number: Ints
+    """[bunches, stages, 1 or ways]"""
     each: Ints
+    """[bunches, 1 or stages, ways]"""
+
+    def add_up(self, each: Floats | Ints) -> Floats | Ints:
+        """[stages, ways]: of so much each."""
+        if self.number.shape[2] == each.shape[1] == 1:
+            return np.asarray(self.number[:, :, 0].T @ each[:, 0])
+        return np.asarray((self.number * each).sum(axis=0))
 
 
 class _Sizes(NamedTuple):
@@ -268,17 +276,18 @@ class StatePrices:
         limit = np.array([bucket_bytes(n) for n in groups.tolist()])[which] // self.size.gradient
         large = np.flatnonzero(sizes.each.max(axis=1) > limit.min())
         each = sizes.each[large][:, None, split]
-        alone = _Bunches(rows.number[sizes.rows[large]] * (each > limit), each)
+        alone = _Bunches(rows.number[sizes.rows[large]], each * (each > limit))
         full, rest = np.divmod(_total(rows) - _total(alone), limit)
-        return [alone, _Bunches(full[None], limit), _Bunches(np.ones_like(rest)[None], rest[None])]
+        return [alone, _Bunches(full[None], limit[None, None]), _Bunches(np.ones_like(rest)[None], rest[None])]
 
     def _seconds(self, ranks: Ranks, op: CollectiveOp, bunches: Sequence[_Bunches], size: int) -> Floats:
         """[stages, n]: of a call for each bunch."""
         out = np.zeros((1, len(ranks.several)))
-        for number, each in bunches:
-            called = ranks.several & (number > 0) & (each > 0)
-            if called.any():
-                out = out + (called * number * self.collectives.seconds(ranks, op, each * size)).sum(axis=0)
+        if ranks.several.any():
+            for bunch in bunches:
+                if bunch.number.any() and bunch.each.any():
+                    called = ranks.several & (bunch.each > 0)
+                    out = out + bunch.add_up(called * self.collectives.seconds(ranks, op, bunch.each * size))
         return out
 
 
@@ -305,4 +314,4 @@ class _UnitGradients:
 
 def _total(bunches: _Bunches) -> Ints:
     """[stages, ways]: elements of all."""
-    return np.asarray((bunches.number * bunches.each).sum(axis=0))
+    return np.asarray(bunches.add_up(bunches.each), dtype=np.int64)
