@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from meshwright.planner.arrays import Floats, Ints
+from meshwright.planner.arrays import Floats, Ints, columns
 from meshwright.planner.flights import by_chunks, deferred, held, in_flight
 from meshwright.planner.space import Pipeline
 from meshwright.planner.state import Held
@@ -37,7 +37,7 @@ class Work(NamedTuple):
     backward_network: Floats
 
     def take(self, its: Ints) -> Work:
-        return Work(*(table[:, its] for table in self))
+        return Work(*(columns(table, its) for table in self))
 
 
 class LayerKinds:
@@ -140,8 +140,8 @@ class Stages:
         `again`: of the backward of the places before it, what runs the forward again."""
         m, (fill, drain, weights) = self.m, self._around
         if its is not None:
-            m, fill, drain = m[its], fill[:, its], drain[:, its]
-            weights = None if weights is None else weights[:, its]
+            m, fill, drain = m[its], columns(fill, its), columns(drain, its)
+            weights = None if weights is None else columns(weights, its)
         drain = drain + again
         whole = m * (self.forward + self.backward if each is None else each)
         if weights is not None:
@@ -183,23 +183,28 @@ class Passing:
         places = shape.places[stages]
         self._saved = (shape.counts @ of.work.saved)[places]
         self._by_chunks = p.schedule == "interleaved"
-        self._flights = (by_chunks if self._by_chunks else in_flight)(p, m)[stages]
+        self._flights = (by_chunks if self._by_chunks else in_flight)(p, m)[stages].astype(np.float64)
         self._beside = np.minimum(2, m) * shape.neighbours[stages, None] * boundary + of.working[shape.kind[stages]]
         self._splits = shape.splits
         if self._splits:
             self._put_off = (shape.counts @ of.work.put_off)[places]
-            self._held, self._deferred = held(p, m)[stages], deferred(p, m)[stages] * self._put_off.min(axis=1)
+            self._held = held(p, m)[stages].astype(np.float64)
+            self._deferred = deferred(p, m)[stages] * self._put_off.min(axis=1)
 
-    def bytes(self, its: Ints | slice = slice(None), freed: Floats | float = 0.0) -> Floats:
+    def bytes(self, its: Ints | None = None, freed: Floats | float = 0.0) -> Floats:
         """[stages, n]: of the combinations `its`, of whose activations `freed`, [stages, chunks, n], is not kept."""
-        saved = self._saved[..., its] - freed
-        least, flights = saved.min(axis=1), self._flights[..., its]
-        passing = self._beside[:, its] + ((flights * saved).sum(axis=1) if self._by_chunks else flights * least)
+
+        def of(every: Floats) -> Floats:
+            return every if its is None else columns(every, its)
+
+        saved = of(self._saved) - freed
+        least, flights = saved.min(axis=1), of(self._flights)
+        passing = of(self._beside) + ((flights * saved).sum(axis=1) if self._by_chunks else flights * least)
         if not self._splits:
             return np.asarray(passing)
         # Of each micro-batch held there is what its forward saved, or what its weights' half needs: of those put off surely the latter.
-        either = self._held[:, its] * np.minimum(saved, self._put_off[..., its]).min(axis=1)
-        return np.asarray(np.maximum(passing, np.maximum(either, self._deferred[:, its])))
+        either = of(self._held) * np.minimum(saved, of(self._put_off)).min(axis=1)
+        return np.asarray(np.maximum(passing, np.maximum(either, of(self._deferred))))
 
 
 class _Layers:
