@@ -69,13 +69,16 @@ class Shape:
         self.work = kinds
         """[kinds of stages, rows]."""
         # Of stages alike, the one furthest into the model waits longest.
-        self.first = np.array([self.places[np.flatnonzero(self.kind == k)[-1]].min() for k in range(len(kinds))])
+        last = np.zeros(len(kinds), dtype=np.int64)
+        last[self.kind] = np.arange(len(self.kind))
+        self.first = self.places[last].min(axis=1)
         """[kinds of stages]: its first place."""
         self.ahead = _before(self.counts)[self.first]
         """[kinds of stages, rows]: what other stages do before it can begin."""
         self.hops = self.first[:, None]
         several = (self.counts > 1)[self.places].any(axis=1) & layers.in_a_row
-        twice = np.stack([several[self.kind == k].all(axis=0) for k in range(len(kinds))])
+        twice = np.ones(kinds.shape, dtype=bool)
+        np.logical_and.at(twice, self.kind, several)
         self.held: list[Held] = [
             tuple(row) for row in np.hstack((kinds, np.minimum(kinds, 1 + twice))).astype(np.int64).tolist()
         ]

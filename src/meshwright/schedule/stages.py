@@ -26,6 +26,7 @@ class Chunk:
     last: bool
 
 
+@lru_cache(maxsize=1024)
 def placement(schedule: str, stages: int, chunks: int) -> tuple[tuple[int, ...], ...]:
     """`placement[stage][chunk]`: the chunk's place in the model, from 0 to stages * chunks - 1."""
     if schedule in FOLDED:
