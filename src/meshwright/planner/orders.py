@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 
 import numpy as np
 
@@ -15,9 +15,6 @@ Order = tuple[str, ...]
 ORDERS: tuple[Order, ...] = tuple(permutations(DENSE_AXES))
 """Innermost axis first; the usual order is the first."""
 OTHERS = range(1, len(ORDERS))
-PLACES = np.array([[order.index(axis) for axis in DENSE_AXES] for order in ORDERS])
-"""[orders, axes]: how many axes are inside of this one."""
-
 Degrees = dict[str, Ints]
 """By axis."""
 
@@ -78,13 +75,12 @@ class RankOrders:
 
 def strides(order: Ints, degrees: Degrees) -> Degrees:
     """Ranks between neighbours on each axis: the product of the degrees of those that come before it in its `order`."""
-    inner = PLACES[order]
-    return {
-        axis: np.prod(
-            [np.where(inner[:, j] < inner[:, i], degrees[x], 1) for j, x in enumerate(DENSE_AXES) if x != axis], axis=0
-        )
-        for i, axis in enumerate(DENSE_AXES)
-    }
+    out, counts = {axis: np.ones_like(order) for axis in DENSE_AXES}, np.bincount(order)
+    for number in np.flatnonzero(counts).tolist():
+        its = slice(None) if counts[number] == len(order) else np.flatnonzero(order == number)
+        for before, axis in pairwise(ORDERS[number]):
+            out[axis][its] = out[before][its] * degrees[before][its]
+    return out
 
 
 def data_stride(apart: Degrees, degrees: Degrees) -> Ints:
