@@ -88,10 +88,6 @@ class Shape:
         """[stages]: how many places beside its own are on other stages."""
 
     @cached_property
-    def all_stages(self) -> Ints:
-        return np.arange(len(self.places))
-
-    @cached_property
     def outer_stages(self) -> Ints:
         """Of each kind the first and the last: one of them holds most, micro-batches in flight or halves of backwards put off."""
         alike = [np.flatnonzero(self.kind == k) for k in range(len(self.work))]
@@ -164,8 +160,9 @@ class Stages:
 
     def passing_bytes(self, boundary: Floats) -> Floats:
         """Activations of the micro-batches in flight, temporaries of the backward after them, and what waits to be sent."""
-        each = Passing(self, boundary, self.shape.all_stages).bytes()
-        return np.stack([each[self.shape.kind == k].max(axis=0) for k in range(len(self.shape.work))])
+        outer = self.shape.outer_stages
+        each, kind = Passing(self, boundary, outer).bytes(), self.shape.kind[outer]
+        return np.stack([each[kind == k].max(axis=0) for k in range(len(self.shape.work))])
 
     @cached_property
     def working(self) -> Floats:
