@@ -1,4 +1,4 @@
-"""Arrays in which many layouts are priced at once: their types, and what of a row of keys is the same."""
+"""Arrays in which many layouts are priced at once: their types, what of many keys is the same, and rows of some columns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def distinct(keys: Ints) -> Distinct:
 A = TypeVar("A", Ints, Floats, Bools)
 
 
-def columns(of: A, its: Ints) -> A:
+def taken(of: A, its: Ints) -> A:
     """`of[..., its]`, row after row in memory: an index makes an array of columns, and whatever is done with it after takes three times as
     long."""
     return of.take(its, axis=-1)

@@ -24,7 +24,7 @@ import numpy as np
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.offload import host_room
 from meshwright.cost.ops import Collective
-from meshwright.planner.arrays import Bools, Floats, Ints, columns, distinct
+from meshwright.planner.arrays import Bools, Floats, Ints, distinct, taken
 from meshwright.planner.figures import LayerFigures
 from meshwright.planner.relief import ReliefFigures
 from meshwright.planner.shapes import LayerKinds, Passing, Shape, Stages, Work
@@ -165,11 +165,11 @@ class ClosedForm:
         every = distinct(np.concatenate([its for _, its in chosen])).keys
         known = self.state.sharded([stages.shape.held for stages, _ in chosen], at, legal, every)
         for (stages, of), state in zip(chosen, known, strict=True):
-            sharding, its = np.nonzero(columns(legal, of))
+            sharding, its = np.nonzero(taken(legal, of))
             prices, own = state.of(sharding, of[its]), at[of]
             seconds = self.seconds(stages, own, prices, its)
             bytes_ = (
-                columns(stages.passing_bytes(self.tables.boundary[own]), its) + prices[:, BYTES] + self.estimator.overhead
+                taken(stages.passing_bytes(self.tables.boundary[own]), its) + prices[:, BYTES] + self.estimator.overhead
             )
             nothing = np.zeros(len(its), dtype=np.int64)
             yield Bounds(self, stages.shape.pipeline, own[its], sharding, nothing, nothing, seconds, bytes_.max(axis=0))
@@ -177,8 +177,8 @@ class ClosedForm:
     def seconds(self, stages: Stages, at: Ints, prices: Floats, its: Ints, given: _Given | None = None) -> Floats:
         """Of the step, for combinations `at` (their `its`, with repeats) whose state costs `prices`."""
         more = given or _Given()
-        forward, backward = columns(stages.forward, its), columns(stages.backward, its) + more.backward
-        forward_links, backward_links = columns(stages.forward_links, its), columns(stages.backward_links, its)
+        forward, backward = taken(stages.forward, its), taken(stages.backward, its) + more.backward
+        forward_links, backward_links = taken(stages.forward_links, its), taken(stages.backward_links, its)
         gather = self._exposed(prices[:, FORWARD], forward, forward_links, more.forward_read)
         again = self._exposed(prices[:, BACKWARD], backward, backward_links, more.backward_read)
         reduction = self._exposed(prices[:, REDUCTION], backward + again, backward_links)
@@ -334,14 +334,14 @@ class _Eased:
 
     def _away(self, its: Ints, relief: Ints | int) -> Floats:
         """[kinds of stages, n]: bytes of the state that are offloaded, at the least."""
-        optimizer, parameters = (columns(self.prices[:, price], its) for price in (OPTIMIZER, COMING))
+        optimizer, parameters = (taken(self.prices[:, price], its) for price in (OPTIMIZER, COMING))
         return np.asarray(self._offloads[relief] * optimizer + self._all[relief] * parameters)
 
     def _in_turn(self, its: Ints, relief: Ints) -> Floats:
         """[kinds of stages, n]: bytes of the largest buckets' state that are here while they come and go, as `cost/offload.py` has them."""
         size = STATE_BYTES[self.closed.space.precision]
         each = self._offloads[relief] * IN_TURN * size.optimizer + self._all[relief] * (IN_TURN + AHEAD) * size.parameter
-        return np.asarray(each * columns(self.prices[:, LARGEST], its))
+        return np.asarray(each * taken(self.prices[:, LARGEST], its))
 
     def least_bytes(self) -> Floats:
         """Of all with every relief there is, at the least: of each layer its input is left."""
@@ -373,22 +373,22 @@ class _Eased:
         """[outer stages, n]"""
         freed = self._figures[self.closed.reliefs.mode[relief], :, 0, its]
         chunks = np.einsum("nscr,nr->scn", self._first[layers], freed)
-        state = (columns(self.prices[:, BYTES], its) - self._away(its, relief) + self._in_turn(its, relief))[self._kind]
+        state = (taken(self.prices[:, BYTES], its) - self._away(its, relief) + self._in_turn(its, relief))[self._kind]
         return np.asarray(self._passing.bytes(its, chunks) + state + self.closed.estimator.overhead)
 
     def seconds(self, its: Ints, relief: Ints, layers: Ints) -> Floats:
         mode = self.closed.reliefs.mode[relief]
         # Of a pass that the host starts later than the device could run it, part of the wait may be what runs again.
-        device, host = (columns(self._started[i], its) + self._figures[mode, :, 1 + i, its].T for i in range(2))
-        each = np.maximum(device, host) - columns(np.maximum(*self._started), its)
+        device, host = (taken(self._started[i], its) + self._figures[mode, :, 1 + i, its].T for i in range(2))
+        each = np.maximum(device, host) - taken(np.maximum(*self._started), its)
         shape = self.stages.shape
         own, ahead = (np.einsum("nsr,rn->sn", of[layers][:, :, :-2], each) for of in (shape.first_work, shape.first_ahead))
         given = _Given(own, ahead, *self._offloading(its, relief)) if self._links.host else _Given(own, ahead)
-        return self.closed.seconds(self.stages, self.plain.at, columns(self.prices, its), its, given)
+        return self.closed.seconds(self.stages, self.plain.at, taken(self.prices, its), its, given)
 
     def _offloading(self, its: Ints, relief: Ints) -> tuple[Floats, Floats, Floats]:
         """Seconds of reading parameters for each pass, and what the update of all state waits for, at the least."""
-        links, prices = self._links, columns(self.prices, its)
+        links, prices = self._links, taken(self.prices, its)
         assert links.host is not None
         kept, all_ = prices[:, OPTIMIZER] * self._offloads[relief], self._all[relief]
         written = kept + all_ * prices[:, COMING]

@@ -8,7 +8,7 @@ import numpy as np
 
 from meshwright.cost.collectives import CollectiveTimes, Curve
 from meshwright.cost.ops import Collective, CollectiveOp
-from meshwright.planner.arrays import Bools, Floats, Ints, columns, distinct
+from meshwright.planner.arrays import Bools, Floats, Ints, distinct, taken
 
 FREE = Curve(((0.0, 0.0),))
 """Of a single rank."""
@@ -59,7 +59,7 @@ class CollectivePrices:
         lines = self._learn(ranks, op)
         if lines.is_measured[ranks.which].any():
             return self._measured(ranks, op, nbytes)
-        latency, slope = columns(lines.latency, ranks.which), columns(lines.slope, ranks.which)
+        latency, slope = taken(lines.latency, ranks.which), taken(lines.slope, ranks.which)
         out = latency[0] + slope[0] * nbytes
         for start, each in zip(latency[1:], slope[1:], strict=True):
             np.minimum(out, start + each * nbytes, out=out)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from meshwright.planner.arrays import Floats, Ints, columns
+from meshwright.planner.arrays import Floats, Ints, taken
 from meshwright.planner.flights import by_chunks, deferred, held, in_flight
 from meshwright.planner.space import Pipeline
 from meshwright.planner.state import Held
@@ -37,7 +37,7 @@ class Work(NamedTuple):
     backward_network: Floats
 
     def take(self, its: Ints) -> Work:
-        return Work(*(columns(table, its) for table in self))
+        return Work(*(taken(table, its) for table in self))
 
 
 class LayerKinds:
@@ -72,10 +72,9 @@ class Shape:
         last = np.zeros(len(kinds), dtype=np.int64)
         last[self.kind] = np.arange(len(self.kind))
         self.first = self.places[last].min(axis=1)
-        """[kinds of stages]: its first place."""
+        """[kinds of stages]: its first place, to which a micro-batch is sent as often."""
         self.ahead = _before(self.counts)[self.first]
         """[kinds of stages, rows]: what other stages do before it can begin."""
-        self.hops = self.first[:, None]
         several = (self.counts > 1)[self.places].any(axis=1) & layers.in_a_row
         twice = np.ones(kinds.shape, dtype=bool)
         np.logical_and.at(twice, self.kind, several)
@@ -139,8 +138,8 @@ class Stages:
         `again`: of the backward of the places before it, what runs the forward again."""
         m, (fill, drain, weights) = self.m, self._around
         if its is not None:
-            m, fill, drain = m[its], columns(fill, its), columns(drain, its)
-            weights = None if weights is None else columns(weights, its)
+            m, fill, drain = m[its], taken(fill, its), taken(drain, its)
+            weights = None if weights is None else taken(weights, its)
         drain = drain + again
         whole = m * (self.forward + self.backward if each is None else each)
         if weights is not None:
@@ -152,7 +151,7 @@ class Stages:
         """Seconds until the first micro-batch arrives, and after the last one is gone; and of all weights' halves, which may be done
         meanwhile."""
         ahead, work = self.shape.ahead, self.work
-        waited = self.shape.hops * self.hop
+        waited = self.shape.first[:, None] * self.hop
         fill, drain = ahead @ work.forward + waited, ahead @ work.backward + waited
         if not self.shape.splits:
             return fill, drain, None
@@ -195,7 +194,7 @@ class Passing:
         """[stages, n]: of the combinations `its`, of whose activations `freed`, [stages, chunks, n], is not kept."""
 
         def of(every: Floats) -> Floats:
-            return every if its is None else columns(every, its)
+            return every if its is None else taken(every, its)
 
         saved = of(self._saved) - freed
         least, flights = saved.min(axis=1), of(self._flights)

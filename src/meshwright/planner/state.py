@@ -13,7 +13,7 @@ import numpy as np
 
 from meshwright.cost.estimate import Estimator
 from meshwright.cost.ops import CollectiveOp, Elementwise
-from meshwright.planner.arrays import Bools, Distinct, Floats, Ints, columns, distinct
+from meshwright.planner.arrays import Bools, Distinct, Floats, Ints, distinct, taken
 from meshwright.planner.collectives import CollectivePrices, Ranks
 from meshwright.planner.space import Space
 from meshwright.planner.tables import ShardSizes, Tables
@@ -104,7 +104,7 @@ class Sharded(NamedTuple):
 
     def of(self, sharding: Ints, row: Ints) -> Floats:
         """[stages, prices, n]"""
-        return columns(self.known, self.number[sharding, row])
+        return taken(self.known, self.number[sharding, row])
 
 
 class StatePrices:
@@ -125,7 +125,7 @@ class StatePrices:
     def price(self, helds: Sequence[Held], at: Ints, sharding: Ints) -> Floats:
         """[stages, prices, n] of stages that hold `helds`, for the combinations `at`, each with a sharding (an index of the space's)."""
         different = distinct(self._keys(at, sharding))
-        return columns(self._of(helds, different, at, sharding), different.which)
+        return taken(self._of(helds, different, at, sharding), different.which)
 
     def sharded(self, pipelines: Sequence[Sequence[Held]], at: Ints, legal: Bools, rows: Ints) -> Iterator[Sharded]:
         """For each of the `pipelines` the `PLAIN` ones of combinations `at`; asked once, for all `rows` of them under every sharding that
@@ -153,7 +153,7 @@ class StatePrices:
         out = np.empty((len(helds), PRICES, len(keys)))
         for row, held in enumerate(helds):
             known, values = self._known[held]
-            out[row] = columns(values, np.searchsorted(known, keys))
+            out[row] = taken(values, np.searchsorted(known, keys))
         return out
 
     def _learn(self, helds: Sequence[Held], keys: Ints, at: Ints, sharding: Ints) -> None:
@@ -167,7 +167,7 @@ class StatePrices:
             its, (known, values) = lacks[new], self._known[held]
             known, values = np.concatenate((known, keys[new[its]])), np.hstack((values, found[:, number, its]))
             order = np.argsort(known)
-            self._known[held] = known[order], columns(values, order)
+            self._known[held] = known[order], taken(values, order)
 
     def _lacks(self, held: Held, keys: Ints) -> Bools:
         known, _ = self._known.setdefault(held, (np.empty(0, np.int64), np.empty((PRICES, 0))))
@@ -193,7 +193,7 @@ class StatePrices:
         scatters, ends = zero >= 2, np.concatenate((held[:-2], np.zeros_like(held[-2:])))
         for group in _groups(int(zero[0])):
             cuts, sizes = self._cuts(group, at, zero, shard), self._shards(group)
-            rows = _Bunches(held, columns(sizes.together, split)[:, None])  # a layer, an embedding or a head at a time
+            rows = _Bunches(held, taken(sizes.together, split)[:, None])  # a layer, an embedding or a head at a time
             elements = _total(rows)
             if not elements.any():
                 continue
@@ -218,9 +218,8 @@ class StatePrices:
                 out[BACKWARD] += over * self._seconds(within, "all_gather", [layers], size.parameter)
             out[BACKWARD] += over * (scatters * scatter)
             whole = cuts.cuts == 1
-            largest = ((held > 0) * (rows.each if group.comes_and_goes else columns(sizes.largest, split)[:, None])).max(
-                axis=0
-            )
+            each = rows.each if group.comes_and_goes else taken(sizes.largest, split)[:, None]
+            largest = ((held > 0) * each).max(axis=0)
             buffer = np.maximum(buffer, ~whole * largest)
             if group.comes_and_goes or zero[0] < 3:
                 out[LARGEST] = np.maximum(out[LARGEST], largest // cuts.cuts)
@@ -277,7 +276,7 @@ class StatePrices:
         groups, _, which = distinct(ranks)
         limit = np.array([bucket_bytes(n) for n in groups.tolist()])[which] // self.size.gradient
         large = np.flatnonzero(sizes.each.max(axis=1) > limit.min())
-        each = columns(sizes.each[large], split)[:, None]
+        each = taken(sizes.each[large], split)[:, None]
         alone = _Bunches(rows.number[sizes.rows[large]], each * (each > limit))
         full, rest = np.divmod(_total(rows) - _total(alone), limit)
         return [alone, _Bunches(full[None], limit[None, None]), _Bunches(np.ones_like(rest)[None], rest[None])]

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from meshwright.planner.arrays import Floats, Ints, columns
+from meshwright.planner.arrays import Floats, Ints, taken
 from meshwright.planner.figures import Figures, LayerFigures
 from meshwright.planner.space import Space
 from meshwright.spec.shards import Seat, Shard, Split, chunk_shards
@@ -61,7 +61,7 @@ class Tables:
 
     def started(self, figure: str, at: Ints) -> Floats:
         """The same, as if a pass could last less than the host takes to start it."""
-        out = columns(self.dense[figure], self.local[at])
+        out = taken(self.dense[figure], self.local[at])
         if self.experts:
             out[self._sparse] += self.experts[figure][self.choice[at]]
         return out
